@@ -1,0 +1,1 @@
+"""C++ backends of the ops, behind the signatures that every backend shares."""
