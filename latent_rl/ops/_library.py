@@ -1,0 +1,60 @@
+"""Registration with torch: schema, implementation by dispatch table, shapes for the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import nvtx
+import torch
+from torch import Tensor
+
+from latent_rl import backends
+
+NAMESPACE = "latent_rl"
+
+# Kept alive for the life of the process: dropping a Library unregisters its ops.
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(
+    op: str,
+    function: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    finish: Callable[[Any], Any] | None = None,
+) -> None:
+    """Define ``latent_rl::<function>`` and serve it from the dispatch table.
+
+    Args:
+        op: row of the dispatch table.
+        function: implementation-level function of the rows.
+        schema: arguments and results, ``(Tensor x) -> Tensor``.
+        fake: shapes and dtypes of the results for meta tensors.
+        finish: turns what the row returned into the results of the schema; nothing by default.
+    """
+
+    def kernel(*args: Any) -> Any:
+        first = args[0]
+        request = backends.Request(first.device, first.dtype)
+        with nvtx.annotate(function, domain=NAMESPACE):
+            result = backends.implementation(op, function, request)(*args)
+        return result if finish is None else finish(result)
+
+    _LIBRARY.define(function + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(function, kernel, key)
+    torch.library.register_fake(f"{NAMESPACE}::{function}", fake, lib=_LIBRARY)
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """Attach a backward to ``latent_rl::<name>``."""
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_LIBRARY
+    )
+
+
+def accumulator(t: Tensor) -> torch.dtype:
+    """dtype of sums and statistics over values of ``t``."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
