@@ -14,7 +14,7 @@ from latent_rl import backends
 NAMESPACE = "latent_rl"
 
 # Kept alive for the life of the process: dropping a Library unregisters its ops.
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(

@@ -164,9 +164,10 @@ def gated_merge(
     flat = [
         None if t is None else t.reshape(-1, t.shape[-1]) for t in (e, code_vectors, code_probs)
     ]
-    out, _, _ = _GatedMerge.apply(
+    apply: Any = _GatedMerge.apply
+    out: Tensor = apply(
         flat[0], codes.reshape(-1), codebook, w_gate, w_up, w_down, flat[1], flat[2]
-    )
+    )[0]
     return out.reshape(e.shape)
 
 
