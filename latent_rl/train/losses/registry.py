@@ -1,0 +1,31 @@
+"""The algorithms by name."""
+
+from __future__ import annotations
+
+from latent_rl.train.losses.bnpo import BNPO
+from latent_rl.train.losses.dapo import DAPO
+from latent_rl.train.losses.dr_grpo import DrGRPO
+from latent_rl.train.losses.grpo import GRPO
+from latent_rl.train.losses.objective import Algorithm
+
+__all__ = ["ALGORITHMS", "algorithm", "register_algorithm"]
+
+ALGORITHMS: dict[str, Algorithm] = {}
+
+
+def register_algorithm(entry: Algorithm) -> None:
+    """Add an algorithm under its name. Raises ValueError if the name is taken."""
+    if entry.name in ALGORITHMS:
+        raise ValueError(f"register_algorithm: {entry.name!r} is already registered")
+    ALGORITHMS[entry.name] = entry
+
+
+def algorithm(name: str) -> Algorithm:
+    """Return the algorithm of a `loss_type` name. Raises ValueError for an unknown one."""
+    if name not in ALGORITHMS:
+        raise ValueError(f"loss_type must be one of {sorted(ALGORITHMS)}, got {name!r}")
+    return ALGORITHMS[name]
+
+
+for _entry in (GRPO(), DrGRPO(), DAPO(), BNPO()):
+    register_algorithm(_entry)
