@@ -1,9 +1,7 @@
-// Philox4x32-10 and the Gumbel noise every backend shares.
-//
-// key = (seed lo32, seed hi32), counter = (k / 4, offset lo32, offset hi32, 0), word k % 4 -> r;
-// u = (r + 0.5) * 2^-32; G = -log(-log(u)), all in float64.
+// Gumbel noise from the Philox stream of common/philox.h, eight blocks of four words at a time.
 #pragma once
 
+#include "common/philox.h"
 #include "isa/vec.h"
 
 namespace latent_rl {
@@ -26,15 +24,15 @@ LRL_INLINE void philox_block(PhiloxKey key, int64_t block, uint32_t* words) {
   VecU64 c3 = VecU64{};
   uint32_t k0 = static_cast<uint32_t>(key.seed);
   uint32_t k1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const VecU64 p0 = c0 * 0xD2511F53ULL;
-    const VecU64 p1 = c2 * 0xCD9E8D57ULL;
+  for (int round = 0; round < philox::kRounds; ++round) {
+    const VecU64 p0 = c0 * static_cast<uint64_t>(philox::kMultiplier0);
+    const VecU64 p1 = c2 * static_cast<uint64_t>(philox::kMultiplier1);
     c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
     c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
     c1 = p1 & low32;
     c3 = p0 & low32;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += philox::kWeyl0;
+    k1 += philox::kWeyl1;
   }
   for (int i = 0; i < 8; ++i) {
     words[4 * i + 0] = static_cast<uint32_t>(c0[i]);
