@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latent_rl.models.config import LatentConfig
@@ -35,8 +37,9 @@ def save(
 ) -> None:
     """Write a checkpoint; an interrupted call leaves the previous one or an error, never a mix.
 
-    Every file is written aside, flushed to disk and renamed. The JSON file, renamed last, holds
-    the digest of the weights, so weights and settings of different saves are told apart.
+    Every file is written aside, flushed to disk and renamed. The weights file carries its own
+    settings and the digest of its tensors, so it is whole or refused; the JSON file beside it
+    says the same to people and to tools, and must agree with it.
 
     Args:
         model: the model.
@@ -48,29 +51,25 @@ def save(
     target.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state_dict is None else state_dict
     tensors = {
-        name.removeprefix(_PREFIX): tensor.detach().contiguous()
+        name.removeprefix(_PREFIX): tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
         if name.startswith(_PREFIX)
     }
+    record = {
+        "format_version": FORMAT_VERSION,
+        "latent": dataclasses.asdict(model.latent_config),
+        "base_model": _base_model(model.config, include_backbone),
+    }
+    text = json.dumps(record, indent=2) + "\n"
     if include_backbone:
         _save_backbone(model, target, state)
-    aside = target / f".{WEIGHTS_NAME}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, aside, metadata={"format": "pt"})
-        record = {
-            "format_version": FORMAT_VERSION,
-            "latent": dataclasses.asdict(model.latent_config),
-            "base_model": _base_model(model, include_backbone),
-            "weights_sha256": _digest(aside),
-        }
-        _install(aside, target / WEIGHTS_NAME)
-    finally:
-        aside.unlink(missing_ok=True)
-    _write_atomically(target / CONFIG_NAME, json.dumps(record, indent=2) + "\n")
+    with _aside(target / CONFIG_NAME) as config, _aside(target / WEIGHTS_NAME) as weights:
+        config.write_text(text, encoding="utf-8")
+        metadata = {"format": "pt", "record": text, "sha256": _digest(tensors)}
+        save_file(tensors, weights, metadata=metadata)
 
 
-def _base_model(model: LatentActionModel, included: bool) -> dict[str, Any]:
-    config = model.config
+def _base_model(config: Any, included: bool) -> dict[str, Any]:
     text = config.get_text_config()
     return {
         "name": BACKBONE_DIR if included else str(getattr(config, "_name_or_path", "") or ""),
@@ -114,33 +113,35 @@ def _remove_tree(path: Path) -> None:
     path.rmdir()
 
 
-def _write_atomically(path: Path, text: str) -> None:
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to ``path`` when the block succeeds and removed when not."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        _install(aside, path)
+        yield aside
+        _flush(aside)
+        aside.replace(path)
+        _flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _install(aside: Path, path: Path) -> None:
-    _flush(aside)
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        flat = tensors[name].contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_config(directory: str | Path) -> tuple[LatentConfig, dict[str, Any]]:
@@ -171,9 +172,11 @@ def load(
     """See ``LatentActionModel.from_pretrained``."""
     source = Path(directory)
     config, record = read_config(source)
-    tensors = _read_weights(source / WEIGHTS_NAME, record)
-    model = cls(_load_backbone(source, record) if backbone is None else backbone, config)
-    _check_base(model, record, source)
+    tensors = _read_weights(source / WEIGHTS_NAME, config)
+    if backbone is None:
+        backbone = _load_backbone(source, record)
+    _check_base(cast(Any, backbone).config, record, source)
+    model = cls(backbone, config)
     install_weights(model, tensors, str(source / WEIGHTS_NAME))
     return model
 
@@ -192,25 +195,29 @@ def load_into(model: LatentActionModel, directory: str | Path) -> None:
             f"checkpoint: {source} has num_codes {config.num_codes}, "
             f"the model has {model.latent_config.num_codes}"
         )
-    _check_base(model, record, source)
-    tensors = _read_weights(source / WEIGHTS_NAME, record)
+    _check_base(model.config, record, source)
+    tensors = _read_weights(source / WEIGHTS_NAME, config)
     install_weights(model, tensors, str(source / WEIGHTS_NAME))
 
 
-def _read_weights(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_weights(path: Path, config: LatentConfig) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:  # the header alone: cheap, and says why
-            file.keys()
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint: {path} is corrupt ({error})") from error
-    if _digest(path) != record.get("weights_sha256"):
-        raise ValueError(
-            f"checkpoint: {path} does not belong to {CONFIG_NAME} beside it: its digest differs "
-            "(a damaged file, or a save that was interrupted)"
-        )
+    if metadata.get("sha256") != _digest(tensors):
+        raise ValueError(f"checkpoint: {path} is corrupt (its tensors differ from their digest)")
+    saved = json.loads(metadata["record"])["latent"]
+    for name, value in dataclasses.asdict(config).items():
+        if saved.get(name, value) != value:
+            raise ValueError(
+                f"checkpoint: {path.with_name(CONFIG_NAME)} has {name} {value!r}, "
+                f"but the weights beside it were saved with {saved[name]!r}"
+            )
     return tensors
 
 
@@ -236,8 +243,8 @@ def install_weights(model: LatentActionModel, tensors: Mapping[str, Tensor], sou
     model.latent.load_state_dict(dict(tensors))
 
 
-def _check_base(model: LatentActionModel, record: Mapping[str, Any], source: Path) -> None:
-    saved, own = record.get("base_model") or {}, _base_model(model, False)
+def _check_base(config: Any, record: Mapping[str, Any], source: Path) -> None:
+    saved, own = record.get("base_model") or {}, _base_model(config, False)
     for name in ("model_type", "hidden_size", "num_hidden_layers"):
         if name in saved and saved[name] != own[name]:
             raise ValueError(

@@ -58,7 +58,7 @@ class LatentConfig:
     gumbel_marginal_entropy: float = 0.02
     vq_decay: float | None = 0.99
     vq_commitment: float = 0.25
-    vq_dead_below: float = 0.02
+    vq_dead_below: float = 0.1
     inverse_layers: int = 4
     policy_layers: int = 8
     merge_blocks: int = 2

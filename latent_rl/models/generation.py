@@ -302,10 +302,10 @@ def _collect(
     mask = completion_mask(completion, _eos_ids(model, request))
     steps = completion.shape[1]
     if actor.choices:
-        columns = [
-            torch.stack(column, dim=1)[:, :steps] for column in zip(*actor.choices, strict=True)
-        ]
-        codes, logprob, logprob_full, entropy = columns
+        columns = zip(*actor.choices, strict=True)
+        codes, logprob, logprob_full, entropy = (
+            torch.stack(column, dim=1)[:, :steps] for column in columns
+        )
     else:
         codes = torch.full_like(completion, -1)
         logprob = logprob_full = entropy = torch.zeros(completion.shape, device=completion.device)

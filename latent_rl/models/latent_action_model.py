@@ -237,9 +237,11 @@ class LatentActionModel(nn.Module):
             [..., H] in the latent modules' dtype.
         """
         acts = codes >= 0
-        merged: Tensor = self.latent.merge(
-            state, codes.clamp_min(0), self.latent.quantizer.codebook.weight, code_vectors
-        )
+        codebook = self.latent.quantizer.codebook.weight
+        if torch.is_grad_enabled() and not codebook.requires_grad:
+            # A moving-average update may change it in place before the backward pass.
+            codebook = codebook.clone()
+        merged: Tensor = self.latent.merge(state, codes.clamp_min(0), codebook, code_vectors)
         return torch.where(acts[..., None], merged, state.to(merged.dtype))
 
     def lm_logits(self, merged: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latent_rl import ops
 from latent_rl.nn.collective import all_reduce_sum, broadcast_first, gather_rows
@@ -56,7 +55,7 @@ class Codebook(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Vectors of codes: int64 [...] in [0, K) -> [..., D], differentiable in the weight."""
-        return F.embedding(codes, self.weight)
+        return nn.functional.embedding(codes, self.weight)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Nearest code of each row: [..., D] -> int64 [...]; -1 for a non-finite row."""
@@ -101,7 +100,7 @@ class EmaCodebook(Codebook):
         *,
         metric: str = "l2",
         decay: float = 0.99,
-        dead_below: float = 0.02,
+        dead_below: float = 0.1,
         kmeans_iterations: int = 10,
         std: float = 1.0,
         seed: int = 0,
@@ -139,7 +138,7 @@ class EmaCodebook(Codebook):
     def _prepare(self, x: Tensor) -> Tensor:
         x = x.detach().float()
         x = x[x.isfinite().all(-1)]
-        return F.normalize(x, dim=-1) if self.metric == "cosine" else x
+        return nn.functional.normalize(x, dim=-1) if self.metric == "cosine" else x
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -183,7 +182,7 @@ class EmaCodebook(Codebook):
             worst = distance.argsort(descending=True, stable=True)[: int(empty.sum())]
             means[empty] = rows[worst]
         if self.metric == "cosine":
-            means = F.normalize(means, dim=-1)
+            means = nn.functional.normalize(means, dim=-1)
         return means, counts
 
     @torch.no_grad()
@@ -193,13 +192,8 @@ class EmaCodebook(Codebook):
         Args:
             x: [N, D] rows of this rank (revived codes are drawn from them).
             counts: [K] rows per code on this rank.
-            sums: [K, D] sum of the rows per code on this rank.
+            sums: [K, D] sum of the rows per code on this rank (of unit rows, for cosine).
         """
-        if self.metric == "cosine":
-            # The op sums raw rows; on the sphere each row counts by its direction alone.
-            rows = F.normalize(x.detach().float(), dim=-1)
-            codes = self.nearest(rows)
-            sums = torch.zeros_like(self.ema_sums).index_add_(0, codes.clamp_min(0), rows)
         counts, sums = counts.to(torch.float32).clone(), sums.to(torch.float32).clone()
         all_reduce_sum(counts, sums)
         self.ema_counts.lerp_(counts, 1.0 - self.decay)
@@ -209,7 +203,7 @@ class EmaCodebook(Codebook):
         alive = self.ema_counts > 1e-6
         means = self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]
         if self.metric == "cosine":
-            means = F.normalize(means, dim=-1)
+            means = nn.functional.normalize(means, dim=-1)
         self.weight.copy_(torch.where(alive[:, None], means, self.weight.float()))
         if self.dead_below > 0:
             self._revive(x, counts.sum())

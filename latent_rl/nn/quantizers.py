@@ -89,11 +89,11 @@ class VectorQuantizer(nn.Module):
 
         ``seed`` is not used: the nearest code is deterministic.
         """
-        x = features.float()
+        x = self._placed(features)
         if self.training:
             self.codebook.observe(x)
-        # A copy, since the moving-average update below changes the codes in place while autograd
-        # still needs the values that were used.
+        # A copy: the moving-average update below changes the codes in place while autograd still
+        # needs the values that were used.
         weight = self.codebook.weight.float()
         if not weight.requires_grad:
             weight = weight.clone()
@@ -113,15 +113,20 @@ class VectorQuantizer(nn.Module):
             perplexity=out.perplexity.detach(),
         )
 
+    def _placed(self, features: Tensor) -> Tensor:
+        """Features where the codes live: on the unit sphere for the cosine metric."""
+        x = features.float()
+        return nn.functional.normalize(x, dim=-1) if self.codebook.metric == "cosine" else x
+
     def codes(self, features: Tensor) -> Tensor:
         """Nearest code: [..., D] -> int64 [...]."""
         return self.codebook.nearest(features.float())
 
     def scores(self, features: Tensor) -> Tensor:
         """log softmax of the negative squared distances (or cosines): [..., D] -> [..., K]."""
-        x, weight = features.float(), self.codebook.weight.float()
+        x, weight = self._placed(features), self.codebook.weight.float()
         if self.codebook.metric == "cosine":
-            score = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(weight, dim=-1).T
+            score = x @ nn.functional.normalize(weight, dim=-1).T
         else:
             # |x|^2 is the same for all codes and drops out of the softmax.
             score = 2 * x @ weight.T - weight.square().sum(-1)
