@@ -1,0 +1,256 @@
+"""sample_codes, code_logprobs and gumbel_quantize in C++ against small numpy oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from latent_rl import _C
+from latent_rl.native.code_logprobs import code_logprobs_backward, code_logprobs_forward
+from latent_rl.native.gumbel_quantize import gumbel_quantize_backward, gumbel_quantize_forward
+from latent_rl.native.sample_codes import sample_codes
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def noise(seed: int, offset: int, count: int) -> np.ndarray:
+    words = np.array(_C.philox_words(seed, offset, count), dtype=np.float64)
+    return -np.log(-np.log((words + 0.5) * 2.0**-32))
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    shifted = row - row.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def sample_oracle(
+    logits: np.ndarray,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    offset: int,
+) -> tuple[int, float, float, float]:
+    full = log_softmax(logits)
+    if temperature == 0:
+        code = int(logits.argmax())
+        return code, 0.0, float(full[code]), 0.0
+    scaled = logits / temperature
+    order = sorted(range(len(scaled)), key=lambda k: (-scaled[k], k))
+    if top_k:
+        order = order[:top_k]
+    mass = np.exp(scaled[order] - scaled.max())
+    probs, kept, before = mass / mass.sum(), [], 0.0
+    for k, p in zip(order, probs, strict=True):
+        if kept and before >= top_p:
+            break
+        kept.append(k)
+        before += p
+    kept = [k for k in kept if scaled[k] > -np.inf and np.exp(scaled[k] - scaled.max()) >= min_p]
+    masked = np.full_like(scaled, -np.inf)
+    masked[kept] = scaled[kept]
+    code = int((masked + noise(seed, offset, len(scaled))).argmax())
+    log_probs = log_softmax(masked)
+    p = np.exp(log_probs[kept])
+    return code, float(log_probs[code]), float(full[code]), float(-(p * log_probs[kept]).sum())
+
+
+SETTINGS = [
+    (1.0, 0, 1.0, 0.0),
+    (0.0, 0, 1.0, 0.0),
+    (0.6, 0, 1.0, 0.0),
+    (1.0, 5, 1.0, 0.0),
+    (1.0, 0, 0.7, 0.0),
+    (1.4, 0, 1.0, 0.2),
+    (0.9, 12, 0.8, 0.05),
+    (1.0, 0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("num_codes", [1, 7, 64, 133])
+def test_sample_codes_against_the_oracle(
+    isa: str,
+    dtype: torch.dtype,
+    settings: tuple[float, int, float, float],
+    num_codes: int,
+) -> None:
+    generator = torch.Generator().manual_seed(num_codes)
+    logits = (torch.randn(20, num_codes, generator=generator) * 2).to(dtype)
+    if num_codes > 2:
+        logits[3, 1] = -torch.inf
+        logits[4] = 0.5  # ties everywhere
+    seeds = torch.randint(-(2**62), 2**62, (20,), generator=generator)
+    offsets = torch.randint(0, 2**40, (20,), generator=generator)
+    codes, *floats = sample_codes(logits, *settings, seeds, offsets)
+    for row in range(20):
+        expected = sample_oracle(
+            logits[row].double().numpy(), *settings, int(seeds[row]), int(offsets[row])
+        )
+        assert int(codes[row]) == expected[0]
+        # Computed in float64, rounded once to float32.
+        got = [float(values[row]) for values in floats]
+        np.testing.assert_allclose(got, expected[1:], rtol=1e-6, atol=1e-6)
+
+
+def test_sample_codes_of_rows_without_a_distribution(isa: str) -> None:
+    logits = torch.zeros(5, 40)
+    logits[0, 39], logits[1, 0], logits[2] = torch.nan, torch.inf, -torch.inf
+    ids = torch.arange(5)
+    for temperature in (0.0, 1.0, 0.5):
+        codes, logprob, full, entropy = sample_codes(logits, temperature, 3, 0.9, 0.1, ids, ids)
+        assert codes.tolist()[:3] == [-1, -1, -1]
+        assert (codes[3:] >= 0).all()
+        for values in (logprob, full, entropy):
+            assert values.isnan().tolist() == [True, True, True, False, False]
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40000, 4)
+    seeds = torch.arange(40000)
+    codes = sample_codes(logits, 1.0, 0, 1.0, 0.0, seeds, torch.zeros_like(seeds))[0]
+    share = torch.bincount(codes, minlength=4) / len(codes)
+    # Five standard errors of a share: 5 * sqrt(.25 / 40000).
+    torch.testing.assert_close(share, logits[0].softmax(-1), rtol=0, atol=0.0125)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_code_logprobs_against_the_oracle(isa: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(8)
+    logits = (torch.randn(12, 41, generator=generator) * 2).to(dtype)
+    ref = (torch.randn(12, 41, generator=generator) * 2).to(dtype)
+    logits[2, 5] = ref[2, 5] = -torch.inf
+    codes = torch.randint(0, 5, (12,), generator=generator)
+    codes[7] = -1
+    logprob, entropy, kl = code_logprobs_forward(logits, codes, ref)
+    assert logprob[7].isnan()
+    for row in [r for r in range(12) if r != 7]:
+        log_p = log_softmax(logits[row].double().numpy())
+        log_q = log_softmax(ref[row].double().numpy())
+        seen = np.isfinite(log_p)
+        p = np.exp(log_p[seen])
+        expected = [
+            log_p[codes[row]],
+            -(p * log_p[seen]).sum(),
+            (p * (log_p[seen] - log_q[seen])).sum(),
+        ]
+        got = [float(v[row]) for v in (logprob, entropy, kl)]
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def finite_differences(
+    function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor
+) -> torch.Tensor:
+    """Central differences of a scalar function of a float64 tensor."""
+    grad = torch.zeros_like(at)
+    step = 1e-6
+    for i in range(at.numel()):
+        bump = torch.zeros_like(at)
+        bump.view(-1)[i] = step
+        grad.view(-1)[i] = (function(at + bump) - function(at - bump)) / (2 * step)
+    return grad
+
+
+def test_code_logprobs_backward_is_the_derivative(isa: str) -> None:
+    generator = torch.Generator().manual_seed(9)
+    logits, ref = torch.randn(2, 3, 11, generator=generator, dtype=torch.float64)
+    codes = torch.tensor([4, 0, 10])
+    weights = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+
+    def total(at: torch.Tensor) -> torch.Tensor:
+        return (torch.stack(code_logprobs_forward(at, codes, ref)) * weights).sum()
+
+    got = code_logprobs_backward(*weights, logits, codes, ref)
+    # Central differences of step 1e-6 in float64 are good to about 1e-9.
+    torch.testing.assert_close(got, finite_differences(total, logits), rtol=1e-6, atol=1e-8)
+
+
+def test_gumbel_quantize_against_the_oracle(isa: str) -> None:
+    generator = torch.Generator().manual_seed(10)
+    logits = torch.randn(30, 45, generator=generator)
+    logits[4, 0] = torch.nan
+    codebook = torch.randn(45, 6, generator=generator)
+    seeds = torch.arange(30) * 977 - 5
+    codes, vectors, entropy, mean_probs, counts = gumbel_quantize_forward(
+        logits, codebook, 1.3, seeds, hard=True
+    )
+    valid = [r for r in range(30) if r != 4]
+    probs = []
+    for row in valid:
+        values = logits[row].double().numpy()
+        assert int(codes[row]) == int((values + noise(int(seeds[row]), 0, 45)).argmax())
+        probs.append(np.exp(log_softmax(values)))
+        expected = -(probs[-1] * np.log(probs[-1])).sum()
+        np.testing.assert_allclose(float(entropy[row]), expected, rtol=1e-6)
+    assert codes[4] == -1
+    assert vectors[4].isnan().all()
+    assert torch.equal(vectors[valid], codebook[codes[valid]])
+    np.testing.assert_allclose(mean_probs.numpy(), np.mean(probs, 0), rtol=1e-6)
+    assert counts.tolist() == torch.bincount(codes[valid], minlength=45).tolist()
+
+
+def test_gumbel_quantize_backward_is_the_derivative_of_the_soft_form(isa: str) -> None:
+    generator = torch.Generator().manual_seed(11)
+    logits = torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    codebook = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    seeds = torch.tensor([3, -8, 2**50])
+    weights = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 4), (3,), 9)]
+
+    def total(at: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        _, vectors, entropy, mean_probs, _ = gumbel_quantize_forward(at, table, 0.8, seeds, False)
+        return sum(
+            (value * weight).sum()
+            for value, weight in zip((vectors, entropy, mean_probs), weights, strict=True)
+        )
+
+    codes = gumbel_quantize_forward(logits, codebook, 0.8, seeds, False)[0]
+    dlogits, dcodebook = gumbel_quantize_backward(
+        *weights, logits, codebook, 0.8, seeds, False, codes
+    )
+    expected = finite_differences(lambda at: total(at, codebook), logits)
+    torch.testing.assert_close(dlogits, expected, rtol=1e-6, atol=1e-8)
+    expected = finite_differences(lambda at: total(logits, at), codebook)
+    torch.testing.assert_close(dcodebook, expected, rtol=1e-6, atol=1e-8)
+    # Straight-through: a hard forward leaves the gradient of the logits as it is.
+    hard = gumbel_quantize_backward(*weights, logits, codebook, 0.8, seeds, True, codes)
+    torch.testing.assert_close(hard[0], dlogits, rtol=0, atol=0)
+
+
+def all_row_ops(logits: torch.Tensor) -> list[torch.Tensor]:
+    rows, num_codes = logits.shape
+    seeds = torch.arange(rows)
+    codes = torch.arange(rows) % num_codes
+    codebook = torch.linspace(-1, 1, num_codes * 5).view(num_codes, 5)
+    ones = torch.ones(rows)
+    out = list(sample_codes(logits, 0.8, 20, 0.9, 0.01, seeds, seeds))
+    out += code_logprobs_forward(logits, codes, logits.flip(0))
+    out.append(code_logprobs_backward(ones, ones, ones, logits, codes, logits.flip(0)))
+    gumbel = gumbel_quantize_forward(logits, codebook, 1.1, seeds, True)
+    return out + list(gumbel)
+
+
+def test_bits_depend_on_neither_threads_nor_instruction_set(every_isa: list[str]) -> None:
+    logits = torch.randn(500, 150, generator=torch.Generator().manual_seed(12)) * 3
+    expected: list[torch.Tensor] | None = None
+    for name in every_isa:
+        _C.select_isa(name)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            got = all_row_ops(logits)
+            expected = expected or got
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_rows_do_not_depend_on_the_batch() -> None:
+    logits = torch.randn(60, 33, generator=torch.Generator().manual_seed(13))
+    ids = torch.arange(60)
+    whole = sample_codes(logits, 0.8, 9, 0.9, 0.0, ids, ids)
+    for row in (0, 31, 59):
+        one = slice(row, row + 1)
+        alone = sample_codes(logits[one], 0.8, 9, 0.9, 0.0, ids[one], ids[one])
+        assert all(torch.equal(a[one], b) for a, b in zip(whole, alone, strict=True))
