@@ -97,8 +97,11 @@ def score_all(
     completion_ids: list[list[int]],
     columns: Mapping[str, list[Any]],
     weights: Sequence[float] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> RewardTable:
     """Call every reward function and combine the results into one weighted sum per completion.
+
+    `columns` hold one entry per completion; `extra` is passed on as it is (`trainer_state`).
 
     Awaitables run concurrently. A function that raises loses every row of its call, a NaN, infinity
     or exception instance in its list loses that row; lost rows are reported by a warning, marked in
@@ -130,6 +133,7 @@ def score_all(
         "completions": completions,
         "completion_ids": completion_ids,
         **columns,
+        **(extra or {}),
     }
     names = _unique([reward_name(function) for function in functions])
     outputs = _run(_call_all(functions, arguments))

@@ -8,6 +8,9 @@ from latent_rl.train.feature_cache import (
 )
 from latent_rl.train.features import trace_of
 from latent_rl.train.freezing import FreezeReport, freeze
+from latent_rl.train.losses import ALGORITHMS, algorithm, register_algorithm
+from latent_rl.train.rl_config import LatentGRPOConfig
+from latent_rl.train.rl_trainer import LatentGRPOTrainer
 from latent_rl.train.stage_trainer import StageArguments, StageTrainer
 from latent_rl.train.stages import (
     BehaviourCloning,
@@ -21,6 +24,7 @@ from latent_rl.train.stages import (
 )
 
 __all__ = [
+    "ALGORITHMS",
     "BehaviourCloning",
     "CachedRow",
     "CosineSchedule",
@@ -28,14 +32,18 @@ __all__ = [
     "FreezeReport",
     "InverseWarmup",
     "Joint",
+    "LatentGRPOConfig",
+    "LatentGRPOTrainer",
     "ProjectorWarmup",
     "Stage",
     "StageArguments",
     "StageOutput",
     "StageTrainer",
     "TaskSFT",
+    "algorithm",
     "build_feature_cache",
     "collate_features",
     "freeze",
+    "register_algorithm",
     "trace_of",
 ]

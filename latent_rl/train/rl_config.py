@@ -1,0 +1,147 @@
+"""Settings of latent-action RL, under TRL's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from latent_rl.train.advantages import RewardScale, reward_scale
+from latent_rl.train.losses import Algorithm, ClipRange, algorithm
+from latent_rl.train.sampling import SampledDistribution
+
+__all__ = ["LatentGRPOConfig"]
+
+
+@dataclass
+class LatentGRPOConfig(TrainingArguments):
+    """TrainingArguments plus the settings of the GRPO family; names and meanings as in
+    `trl.GRPOConfig` with latent codes in the place of tokens.
+
+    num_generations            G completions per prompt
+    num_generations_eval       the same in evaluation; None takes num_generations
+    max_completion_length      T, tokens
+    steps_per_generation       micro-batches a rollout is cut into; None takes
+                               gradient_accumulation_steps
+    num_iterations             passes over a rollout
+    loss_type                  "grpo", "dr_grpo", "dapo" or "bnpo"
+    beta                       weight of the exact KL to the initial policy (paper: 0.01)
+    epsilon, epsilon_high      clip range; epsilon_high None takes the algorithm's default (dapo
+                               0.28, others epsilon)
+    scale_rewards              "group" (or True), "batch", "none" (or False); None takes the
+                               algorithm's default (dr_grpo "none", others "group")
+    temperature .. min_p       distribution of the codes, which is also the one that is scored
+    do_sample_tokens           sample tokens too instead of taking the most likely one under a code
+    reward_weights             one per reward function; None is all 1
+    mask_truncated_completions leave completions without an end out of the loss
+    dynamic_sampling           replace groups whose rewards are all equal by other prompts; None
+                               takes the algorithm's default (dapo True, others False)
+    max_resample_rounds        rounds of replacement before the rest is used as it is
+    replay_dtype               dtype of the states kept for the updates, e.g. "bfloat16"; None keeps
+                               the rollout's
+    generation_kwargs          passed on to the backbone's generate
+    shuffle_dataset            whether prompts come in random order
+    """
+
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    num_generations: int = 8
+    num_generations_eval: int | None = None
+    max_completion_length: int = 256
+    steps_per_generation: int | None = None
+    num_iterations: int = 1
+    loss_type: str = "grpo"
+    beta: float = 0.01
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    scale_rewards: str | bool | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+    do_sample_tokens: bool = False
+    reward_weights: list[float] | None = None
+    mask_truncated_completions: bool = False
+    dynamic_sampling: bool | None = None
+    max_resample_rounds: int = 3
+    replay_dtype: str | None = None
+    generation_kwargs: dict[str, Any] | None = None
+    shuffle_dataset: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        # Rows carry prompts, images and columns that no forward signature names.
+        self.remove_unused_columns = False
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        self._check_sizes()
+        # Build what the names stand for once, so that a wrong one fails here and not in a rollout.
+        self.clip_range()
+        self.reward_scale()
+        self.distribution()
+
+    def _check_sizes(self) -> None:
+        for name in (
+            "num_iterations",
+            "max_completion_length",
+            "steps_per_generation",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"LatentGRPOConfig: {name} must be >= 1, got {getattr(self, name)}"
+                )
+        if self.num_generations < 2:
+            raise ValueError(
+                "LatentGRPOConfig: num_generations must be >= 2 (an advantage is relative to a "
+                f"group), got {self.num_generations}"
+            )
+        if self.beta < 0:
+            raise ValueError(f"LatentGRPOConfig: beta must be >= 0, got {self.beta}")
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                "LatentGRPOConfig: per_device_train_batch_size * steps_per_generation "
+                f"({self.generation_batch_size}) must be a multiple of num_generations "
+                f"({self.num_generations}), so that a group stays on one process"
+            )
+
+    @property
+    def generation_batch_size(self) -> int:
+        """Completions of one rollout on one process."""
+        return self.per_device_train_batch_size * (self.steps_per_generation or 1)
+
+    @property
+    def micro_steps_per_rollout(self) -> int:
+        """Micro-batches one rollout serves."""
+        return (self.steps_per_generation or 1) * self.num_iterations
+
+    def algorithm(self) -> Algorithm:
+        """The algorithm `loss_type` names."""
+        return algorithm(self.loss_type)
+
+    def clip_range(self) -> ClipRange:
+        """The clip range with the algorithm's default filled in."""
+        high = self.epsilon_high
+        if high is None:
+            high = self.algorithm().epsilon_high
+        return ClipRange(self.epsilon, self.epsilon if high is None else high)
+
+    def reward_scale(self) -> RewardScale:
+        """The advantage scale with the algorithm's default filled in."""
+        chosen = self.scale_rewards
+        if chosen is None:
+            chosen = self.algorithm().reward_scale
+        if isinstance(chosen, bool):
+            chosen = "group" if chosen else "none"
+        return reward_scale(chosen)
+
+    def distribution(self) -> SampledDistribution:
+        """The distribution codes are sampled from and scored under."""
+        return SampledDistribution(self.temperature, self.top_k, self.top_p, self.min_p or 0.0)
+
+    def resample_rounds(self) -> int:
+        """How often uninformative groups may be replaced; 0 without dynamic sampling."""
+        wanted = self.dynamic_sampling
+        if wanted is None:
+            wanted = self.algorithm().dynamic_sampling
+        return self.max_resample_rounds if wanted else 0

@@ -1,0 +1,423 @@
+"""LatentGRPOTrainer: the GRPO family over latent codes, on transformers.Trainer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from latent_rl import ops
+from latent_rl.rewards.protocol import RewardFunction
+from latent_rl.train.advantages import group_advantages
+from latent_rl.train.base_trainer import BaseTrainer
+from latent_rl.train.checkpointing import read_tensors, write_json, write_tensors
+from latent_rl.train.forwarding import forward_through
+from latent_rl.train.freezing import freeze, set_training_modes
+from latent_rl.train.losses import Normaliser, PolicyTerms
+from latent_rl.train.replay import Replay, action_logits, replay_trace
+from latent_rl.train.rl_config import LatentGRPOConfig
+from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join_rollouts
+from latent_rl.train.rollout_metrics import rollout_metrics
+from latent_rl.train.samplers import GroupedRepeatSampler
+from latent_rl.train.sampling import mix_seed
+
+if TYPE_CHECKING:
+    from latent_rl.models import LatentActionModel
+    from latent_rl.nn import LatentPolicy
+
+__all__ = ["LatentGRPOTrainer"]
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "rl_state.json"
+REFERENCE_FILE = "reference_policy.safetensors"
+MAX_FAILED_ROLLOUTS = 3
+EVAL_STREAM, SHUFFLE_STREAM, RESAMPLE_STREAM = 1, 2, 3
+
+
+class LatentGRPOTrainer(BaseTrainer):
+    """Reinforcement learning of the latent policy; nothing else moves.
+
+    model             a LatentActionModel, normally after `BehaviourCloning`
+    reward_funcs      one reward function or several (`latent_rl.rewards.protocol`)
+    args              `LatentGRPOConfig`
+    train_dataset     rows with `prompt` (chat messages), `images` or `image`, and any columns the
+                      rewards ask for; needs a length
+    eval_dataset      rows of the same form, or None
+    processing_class  the model's processor
+    prompt_renderer   (processing_class, rows) -> inputs; default `latent_rl.data.render_prompts`
+
+    Each rollout's hidden states are kept (`Replay`): the updates, the old policy and the reference
+    run only the policy's small tower on them. The KL to the reference, a copy of the initial
+    policy, is exact over the K codes.
+    """
+
+    args: LatentGRPOConfig
+
+    def __init__(
+        self,
+        model: LatentActionModel,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        args: LatentGRPOConfig,
+        train_dataset: Any,
+        eval_dataset: Any | None = None,
+        processing_class: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        prompt_renderer: PromptRenderer | None = None,
+    ) -> None:
+        if processing_class is None:
+            raise ValueError("LatentGRPOTrainer: processing_class is required to render prompts")
+        functions = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
+        if args.reward_weights is not None and len(args.reward_weights) != len(functions):
+            raise ValueError(
+                f"LatentGRPOTrainer: reward_weights must have one entry per reward function "
+                f"({len(functions)}), got {len(args.reward_weights)}"
+            )
+        freeze(model, [model.latent.policy])
+        self.micro_step = 0
+        self._replay: Replay | None = None
+        self._normaliser: Normaliser | None = None
+        self._rollout_seconds = self._update_seconds = 0.0
+        self._failed_rollouts = self._eval_batches = 0
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=list,
+            callbacks=callbacks,
+        )
+        self.worker = RolloutWorker(
+            args, functions, processing_class, prompt_renderer or _default_renderer()
+        )
+        self.reference: LatentPolicy | None = None
+        if args.beta:
+            self.reference = copy.deepcopy(self.latent_model.latent.policy)
+            self.reference.requires_grad_(False).eval()
+
+    # Data: the loader yields row numbers, so that a rollout's rows are read once and not once per
+    # completion and micro-batch.
+
+    def get_train_dataloader(self) -> DataLoader[int]:
+        """Return the loader of row numbers: one batch per micro-step, constant over a rollout."""
+        args, dataset = self.args, cast(Any, self.train_dataset)
+        local = args.generation_batch_size
+        sampler = GroupedRepeatSampler(
+            len(dataset),
+            group_size=args.num_generations,
+            prompts_per_chunk=local * args.world_size // args.num_generations,
+            repeat=args.micro_steps_per_rollout,
+            seed=args.seed,
+            shuffle=args.shuffle_dataset,
+        )
+        self.epoch_sampler = sampler
+        numbers: Any = range(len(dataset))
+        loader = DataLoader(
+            numbers, batch_size=local, sampler=sampler, collate_fn=list, drop_last=True
+        )
+        prepared: DataLoader[int] = self.accelerator.prepare(loader)
+        return prepared
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """As `Trainer.training_step`, timing rollout and update apart."""
+        started, before = time.perf_counter(), self._rollout_seconds
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        rollout = self._rollout_seconds - before
+        self._update_seconds += time.perf_counter() - started - rollout
+        if self.micro_step % self.args.micro_steps_per_rollout == 0:
+            self.averages.add(
+                {
+                    "rollout_seconds": self._rollout_seconds,
+                    "update_seconds": self._update_seconds,
+                }
+            )
+            self._rollout_seconds = self._update_seconds = 0.0
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Turn the row numbers of a micro-step into its share of the current rollout's replay."""
+        args = self.args
+        rollout_number, within = divmod(self.micro_step, args.micro_steps_per_rollout)
+        if within == 0 or self._replay is None:
+            started = time.perf_counter()
+            self._replay = self._new_replay(inputs, rollout_number)
+            self._rollout_seconds += time.perf_counter() - started
+        iteration, part = divmod(within, args.steps_per_generation or 1)
+        seed = mix_seed(args.seed, SHUFFLE_STREAM, rollout_number, iteration, args.process_index)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self._replay), generator=generator)
+        size = args.per_device_train_batch_size
+        rows = order[part * size : (part + 1) * size]
+        self.micro_step += 1
+        return self._replay.select(rows.to(self._replay.codes.device))
+
+    # Rollout.
+
+    def _new_replay(self, numbers: Sequence[int], rollout_number: int) -> Replay:
+        model, args = self.latent_model, self.args
+        set_training_modes(model, [])
+        rollout = self._sample(model, numbers, rollout_number)
+        self._watch_failures(rollout)
+        advantages = group_advantages(
+            rollout.rewards, args.num_generations, args.reward_scale(), rollout.keep_mask
+        )
+        keep = rollout.completion_mask & rollout.keep_mask[:, None] & (rollout.codes >= 0)
+        if args.mask_truncated_completions:
+            keep = keep & rollout.terminated[:, None]
+        if rollout.trace is None:
+            raise RuntimeError("LatentGRPOTrainer: the rollout kept no hidden states")
+        dtype = getattr(torch, args.replay_dtype) if args.replay_dtype else None
+        replay = Replay(
+            trace=replay_trace(model, rollout.trace, dtype),
+            first=rollout.prompt_length - 1,
+            codes=rollout.codes,
+            keep_mask=keep,
+            advantages=advantages.advantages.to(torch.float32),
+            seeds=rollout.seeds,
+        )
+        self._normaliser = Normaliser(
+            args.max_completion_length,
+            self.accelerator.gather(keep.sum().float()).mean() / (args.steps_per_generation or 1),
+        )
+        replay, gap = self._scored(model, replay, rollout.logprobs)
+        metrics = rollout_metrics(
+            rollout, advantages.group_std, model.latent_config.num_codes, self.accelerator.gather
+        )
+        self.averages.add({**metrics, **gap})
+        return replay
+
+    def _sample(
+        self, model: LatentActionModel, numbers: Sequence[int], rollout_number: int
+    ) -> Rollout:
+        """Make a rollout of the given rows. With dynamic sampling, groups without a difference in
+        reward make room for other prompts, a limited number of times; the batch keeps its size."""
+        args = self.args
+        group, scale = args.num_generations, args.reward_scale()
+        wanted = len(numbers)
+        parts: list[Rollout] = []
+        for attempt in range(args.resample_rounds() + 1):
+            seed = mix_seed(args.seed, rollout_number, attempt, args.process_index)
+            rollout = self._run(model, self.train_dataset, numbers, seed)
+            informative = rollout.informative_groups(group, scale)
+            missing = wanted - sum(len(part) for part in parts)
+            if attempt == args.resample_rounds() or int(informative.sum()) * group >= missing:
+                # The rest is filled with groups whose advantages are 0.
+                order = torch.argsort(~informative, stable=True)[: missing // group]
+                parts.append(rollout.select(_rows_of(order.sort().values, group)))
+                break
+            if informative.any():
+                parts.append(rollout.select(_rows_of(informative.nonzero()[:, 0], group)))
+            missing = wanted - sum(len(part) for part in parts)
+            numbers = self._other_prompts(missing // group, rollout_number, attempt)
+        if args.resample_rounds():
+            self.averages.add({"resample_rounds": float(attempt)})
+        return join_rollouts(parts)
+
+    def _other_prompts(self, count: int, rollout_number: int, attempt: int) -> list[int]:
+        args = self.args
+        seed = mix_seed(args.seed, RESAMPLE_STREAM, rollout_number, attempt, args.process_index)
+        generator = torch.Generator().manual_seed(seed)
+        dataset: Any = self.train_dataset
+        picked = torch.randint(len(dataset), (count,), generator=generator)
+        return picked.repeat_interleave(args.num_generations).tolist()
+
+    def _run(
+        self,
+        model: LatentActionModel,
+        dataset: Any,
+        numbers: Sequence[int],
+        seed: int,
+        return_hidden: bool = True,
+    ) -> Rollout:
+        unique = {number: dataset[number] for number in dict.fromkeys(numbers)}
+        rows = [unique[number] for number in numbers]
+        seeds = ops.row_seeds(seed, len(rows), model.device)
+        columns = {"trainer_state": self.state}
+        with self.accelerator.autocast():
+            return self.worker.run(model, rows, seeds, columns=columns, return_hidden=return_hidden)
+
+    def _watch_failures(self, rollout: Rollout) -> None:
+        """Stop a run whose rewards fail altogether: it would burn rollouts and learn nothing."""
+        self._failed_rollouts = 0 if rollout.keep_mask.any() else self._failed_rollouts + 1
+        if self._failed_rollouts >= MAX_FAILED_ROLLOUTS:
+            reasons = "; ".join(dict.fromkeys(rollout.errors)) or "no reward function applied"
+            raise RuntimeError(
+                f"every reward of {MAX_FAILED_ROLLOUTS} rollouts in a row failed: {reasons}"
+            )
+
+    @torch.no_grad()
+    def _scored(
+        self, model: LatentActionModel, replay: Replay, sampled: Tensor
+    ) -> tuple[Replay, dict[str, Tensor | float]]:
+        """Add what later updates compare with: old log-probabilities and support, if the policy
+        moves before the rollout is used up, and the reference's logits.
+
+        Also return the mean difference to the log-probabilities `sampled` [B, T] of the rollout.
+        """
+        args = self.args
+        # An update between two uses of the rollout makes "current" and "sampling" policy differ.
+        moves = args.gradient_accumulation_steps % args.micro_steps_per_rollout != 0
+        distribution = args.distribution()
+        old, support, reference = [], [], []
+        everything = torch.arange(len(replay), device=sampled.device)
+        for rows in torch.split(everything, args.per_device_train_batch_size):
+            part = replay.select(rows)
+            with self.accelerator.autocast():
+                if moves:
+                    logits = action_logits(model.latent.policy, part)
+                    kept = distribution.support(logits, part.codes)
+                    scaled = distribution.scaled_logits(logits, kept)
+                    old.append(ops.code_logprobs(scaled, part.codes).logprob)
+                    if kept is not None:
+                        support.append(kept)
+                if self.reference is not None:
+                    reference.append(action_logits(self.reference, part))
+        gap: dict[str, Tensor | float] = {}
+        if old:
+            difference = (torch.cat(old) - sampled).abs()[replay.keep_mask]
+            gap["sampling/sampling_logp_difference/mean"] = difference.mean()
+        scored = dataclasses.replace(
+            replay,
+            old_logprobs=torch.cat(old) if old else None,
+            support=torch.cat(support) if support else None,
+            ref_logits=torch.cat(reference) if reference else None,
+        )
+        return scored, gap
+
+    # Update.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the algorithm's loss on a share of the replay."""
+        inner, args = self.latent_model, self.args
+        # Dropout would make the scored policy another than the one that sampled; recomputing
+        # activations needs train mode.
+        set_training_modes(inner, [inner.latent.policy] if inner.is_gradient_checkpointing else [])
+        policy = inner.latent.policy
+        with self.accelerator.autocast():
+            logits = forward_through(model, inner, lambda: action_logits(policy, inputs))
+        distribution = args.distribution()
+        support = inputs.support
+        if inputs.old_logprobs is None:
+            support = distribution.support(logits, inputs.codes)
+        scaled = distribution.scaled_logits(logits, support)
+        scored = ops.code_logprobs(scaled, inputs.codes)
+        kl = None
+        if inputs.ref_logits is not None:
+            # The penalty is on the whole policy: what truncation hides must not drift either.
+            kl = ops.code_logprobs(logits, inputs.codes, inputs.ref_logits).kl
+        old = scored.logprob.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+        if self._normaliser is None:
+            raise RuntimeError("LatentGRPOTrainer: compute_loss before the first rollout")
+        result = args.algorithm().loss(
+            PolicyTerms(scored.logprob, old, inputs.advantages, inputs.keep_mask, kl),
+            clip=args.clip_range(),
+            beta=args.beta,
+            normaliser=self._normaliser,
+        )
+        self._record(inputs, result.low_clip, result.high_clip, scored.entropy, kl)
+        return (result.loss, {}) if return_outputs else result.loss
+
+    @torch.no_grad()
+    def _record(
+        self, inputs: Replay, low: Tensor, high: Tensor, entropy: Tensor, kl: Tensor | None
+    ) -> None:
+        count = inputs.keep_mask.sum().clamp(min=1)
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(inputs.keep_mask, values, 0.0).sum() / count
+
+        metrics: dict[str, Tensor | float] = {
+            "entropy": mean(entropy),
+            "clip_ratio": low + high,
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": low + high,
+        }
+        if kl is not None:
+            metrics["kl"] = mean(kl)
+        self.averages.add(metrics)
+
+    # Evaluation.
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Roll out the evaluation prompts with the same seeds every time and report the rewards."""
+        self._eval_batches = 0
+        result: dict[str, float] = super().evaluate(*args, **kwargs)
+        return result
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Roll out a batch of evaluation rows and record its metrics; there is no loss."""
+        args, inner = self.args, self.latent_model
+        group = args.num_generations_eval or args.num_generations
+        seed = mix_seed(args.seed, EVAL_STREAM, self._eval_batches, args.process_index)
+        self._eval_batches += 1
+        numbers = [index for index in range(len(inputs)) for _ in range(group)]
+        rollout = self._run(inner, inputs, numbers, seed, return_hidden=False)
+        std = group_advantages(
+            rollout.rewards, group, args.reward_scale(), rollout.keep_mask
+        ).group_std
+        metrics = rollout_metrics(
+            rollout, std, inner.latent_config.num_codes, self.accelerator.gather
+        )
+        self.eval_averages.add({**metrics, "rollout_seconds": rollout.seconds})
+        return None, None, None
+
+    # Checkpoints.
+
+    def _save_extra(self, directory: Path) -> None:
+        write_json(directory / STATE_FILE, {"format": 1, "micro_step": self.micro_step})
+        if self.reference is not None:
+            write_tensors(directory / REFERENCE_FILE, self.reference.state_dict())
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        directory = Path(resume_from_checkpoint)
+        try:
+            state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+            self.micro_step = int(state["micro_step"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"cannot read {directory / STATE_FILE}: {error!r}") from error
+        self._replay = None
+        if self.reference is not None and (directory / REFERENCE_FILE).is_file():
+            # The reference is the policy the first run began with, whatever this one was given.
+            self.reference.load_state_dict(read_tensors(directory / REFERENCE_FILE))
+
+
+def _rows_of(groups: Tensor, group_size: int) -> Tensor:
+    """Group numbers [P] -> row numbers [P * G]."""
+    offsets = torch.arange(group_size, device=groups.device)
+    return (groups[:, None] * group_size + offsets).flatten()
+
+
+def _default_renderer() -> PromptRenderer:
+    from latent_rl.data import render_prompts
+
+    renderer: PromptRenderer = render_prompts
+    return renderer

@@ -1,0 +1,57 @@
+"""Numbers that describe a rollout, under TRL's names where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from latent_rl.train.rollout import Rollout
+
+__all__ = ["rollout_metrics"]
+
+
+@torch.no_grad()
+def rollout_metrics(
+    rollout: Rollout, group_std: Tensor, num_codes: int, gather: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor | float]:
+    """Return the metrics of a rollout over all ranks.
+
+    gather: concatenates a tensor [n, ...] of every rank. Rewards are means over scored completions;
+    `failed_rewards` counts the dropped ones. Codes are counted where a completion has tokens.
+    """
+    rewards = gather(torch.where(rollout.keep_mask, rollout.rewards, torch.nan))
+    per_function = gather(rollout.per_function)
+    lengths = gather(rollout.completion_mask.sum(1).float())
+    ended = gather(rollout.terminated)
+    dropped = gather((~rollout.keep_mask).sum().float())
+    kept = rewards[~rewards.isnan()]
+    codes = rollout.codes[rollout.codes >= 0]
+    counts = gather(torch.bincount(codes, minlength=num_codes)[None].float()).sum(0)
+    share = counts / counts.sum().clamp(min=1)
+    metrics: dict[str, Tensor | float] = {
+        "reward": kept.mean(),
+        "reward_std": kept.std() if kept.numel() > 1 else kept.new_zeros(()),
+        "frac_reward_zero_std": gather((group_std < 1e-8).float()).mean(),
+        "failed_rewards": dropped.sum(),
+        "completion_length": lengths.mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - ended.float().mean(),
+        "codes_used": (counts > 0).sum().float(),
+        "code_perplexity": torch.special.entr(share).sum().exp(),
+    }
+    if ended.any():
+        metrics["completions/mean_terminated_length"] = lengths[ended].mean()
+    for index, name in enumerate(rollout.names):
+        values = per_function[:, index]
+        values = values[~values.isnan()]
+        metrics[f"rewards/{name}/mean"] = values.mean()
+        metrics[f"rewards/{name}/std"] = (
+            values.std() if values.numel() > 1 else values.new_zeros(())
+        )
+    return metrics
