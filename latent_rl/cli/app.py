@@ -1,0 +1,202 @@
+"""Commands and their options. Each command's work, and its imports, live in a module of its own,
+so that `latent-rl --help` loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latent_rl._version import __version__
+from latent_rl.cli.errors import EXIT_INTERRUPTED, exit_code
+
+__all__ = ["app", "main", "run"]
+
+app = typer.Typer(
+    name="latent-rl",
+    help="Reinforcement learning of image-text agents over a latent action codebook.",
+    epilog="Exit codes: 0 done, 2 bad input, 130 interrupted. "
+    "LATENT_RL_TRACEBACK=1 shows tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Task(enum.StrEnum):
+    """Conversation tasks of the demo."""
+
+    BOTH = "both"
+    ROLE_PLAY = "role-play"
+    PERSONALISED = "personalised"
+
+
+class Dtype(enum.StrEnum):
+    """Precision a backbone is loaded in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def main() -> None:
+    """Entry point of the `latent-rl` script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; errors are reported, not raised."""
+    try:
+        # Not standalone: the parser then raises its errors, and all errors look alike.
+        result = app(arguments, prog_name="latent-rl", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("latent-rl: interrupted; run the same command to continue", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:  # noqa: BLE001  the outermost frame: sorts all errors into exit codes
+        return exit_code(error)
+    return result if isinstance(result, int) else 0
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"latent-rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    task: Annotated[Task, typer.Option(help="Conversation task.")] = Task.BOTH,
+    algorithm: Annotated[str, typer.Option(help="Loss of the reinforcement learning.")] = "grpo",
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/demo"),
+    resume: Annotated[
+        bool, typer.Option(help="Continue an interrupted run, or start afresh.")
+    ] = True,
+    scale: Annotated[
+        float, typer.Option(help="Length of every training, relative to the full demo.")
+    ] = 1.0,
+) -> None:
+    """Teach a small image-text agent through latent actions, on real images; write a report."""
+    from latent_rl.cli.demo import run_demo
+
+    run_demo(task.value, algorithm, seed, out, resume=resume, scale=scale)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run; overrides the recipe.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--stage", help="Run only this stage ('rl' too); repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Keep finished stages of an earlier run, or start afresh.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
+    ] = False,
+) -> None:
+    """Run a recipe: one stage, or the whole chain up to reinforcement learning."""
+    from latent_rl.cli.train import run_train
+
+    run_train(recipe, out, tuple(only or ()), resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint, or the directory of a run.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the user says.")],
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Picture; repeatable.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message, for example a persona.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Base model, where the checkpoint's own is not to be used.")
+    ] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Processor, where it lies beside neither of the two.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the codes.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Of the codes; 0 takes the most likely.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Codes to keep; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Mass of codes to keep.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Least probability, relative to the likeliest.")
+    ] = 0.0,
+    code: Annotated[int | None, typer.Option(help="Steer: take this code at every step.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model, without codes.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the backbone.")] = Dtype.AUTO,
+    device: Annotated[
+        str | None, typer.Option(help="Torch device; cuda where there is one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer a prompt and show the latent actions behind the answer."""
+    from latent_rl.cli.generate import GenerateRequest, run_generate
+
+    run_generate(
+        GenerateRequest(
+            model=model,
+            prompt=prompt,
+            images=tuple(image or ()),
+            system=system,
+            backbone=backbone,
+            processor=processor,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            code=code,
+            base=base,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype.value,
+            device=device,
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what is installed, which backend serves each op, and why not the others."""
+    from latent_rl.cli.doctor import run_doctor
+
+    run_doctor(as_json=as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Time the ops against their peers (in a source checkout): run, verify or profile."""
+    from latent_rl.cli.bench import run_bench
+
+    raise typer.Exit(run_bench(context.args))

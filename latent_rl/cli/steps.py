@@ -1,0 +1,225 @@
+"""The steps of a recipe as objects: what each needs, checks and trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from latent_rl.cli import recipe_data
+from latent_rl.cli.errors import UserError
+from latent_rl.cli.recipe_rewards import resolve_reward
+from latent_rl.cli.run_dir import fingerprint
+from latent_rl.config import (
+    Recipe,
+    RecipeError,
+    RLRecipe,
+    StageRecipe,
+    build,
+    closest,
+)
+from latent_rl.train import (
+    BehaviourCloning,
+    InverseWarmup,
+    Joint,
+    LatentGRPOConfig,
+    LatentGRPOTrainer,
+    ProjectorWarmup,
+    Stage,
+    StageArguments,
+    StageTrainer,
+    TaskSFT,
+)
+from latent_rl.train.losses import ALGORITHMS
+
+if TYPE_CHECKING:
+    from latent_rl.models import LatentActionModel
+    from latent_rl.rewards.protocol import RewardFunction
+
+__all__ = ["STAGES", "Step", "make_steps"]
+
+STAGES: Mapping[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (InverseWarmup, ProjectorWarmup, Joint, BehaviourCloning, TaskSFT)
+}
+RL = "rl"
+
+# Set by the run itself.
+_RESERVED = ("output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint")
+
+
+@dataclass(frozen=True)
+class Step(ABC):
+    """One step: its directory's name, its rows and what makes it the same step on a later run."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    fingerprint: str
+
+    @property
+    def tunes_backbone(self) -> bool:
+        """Whether the step changes the backbone, so that its result must hold it."""
+        return False
+
+    @abstractmethod
+    def check_arguments(self, work: Path) -> None:
+        """Raise ValueError for arguments that cannot be, without touching `work`."""
+
+    @abstractmethod
+    def train(
+        self, model: LatentActionModel, processor: Any, work: Path, *, resume: bool
+    ) -> list[dict[str, Any]]:
+        """Train in `work` and return the log."""
+
+
+@dataclass(frozen=True)
+class StageStep(Step):
+    """A stage."""
+
+    stage: Stage
+    arguments: Mapping[str, Any]
+
+    @property
+    def tunes_backbone(self) -> bool:
+        """See :class:`Step`; a stage that tunes the backbone cannot use cached features."""
+        return not self.stage.cacheable
+
+    def check_arguments(self, work: Path) -> None:
+        """See :class:`Step`."""
+        _arguments(StageArguments, self.arguments, work, self.name)
+
+    def train(
+        self, model: LatentActionModel, processor: Any, work: Path, *, resume: bool
+    ) -> list[dict[str, Any]]:
+        """See :class:`Step`."""
+        trainer = StageTrainer(
+            model,
+            self.stage,
+            _arguments(StageArguments, self.arguments, work, self.name),
+            train_dataset=self.rows,
+            processing_class=processor,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return cast("list[dict[str, Any]]", trainer.state.log_history)
+
+
+@dataclass(frozen=True)
+class RLStep(Step):
+    """Reinforcement learning."""
+
+    rewards: tuple[RewardFunction, ...]
+    arguments: Mapping[str, Any]
+
+    def check_arguments(self, work: Path) -> None:
+        """See :class:`Step`."""
+        _arguments(LatentGRPOConfig, self.arguments, work, self.name)
+
+    def train(
+        self, model: LatentActionModel, processor: Any, work: Path, *, resume: bool
+    ) -> list[dict[str, Any]]:
+        """See :class:`Step`."""
+        trainer = LatentGRPOTrainer(
+            model,
+            list(self.rewards),
+            _arguments(LatentGRPOConfig, self.arguments, work, self.name),
+            train_dataset=self.rows,
+            processing_class=processor,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return cast("list[dict[str, Any]]", trainer.state.log_history)
+
+
+def make_steps(recipe: Recipe, recipe_dir: Path) -> list[Step]:
+    """Every step of a recipe, with data read and every name looked up.
+
+    Raises:
+        RecipeError, UserError: for an unknown stage, setting, argument, algorithm, reward or
+            format, and for data that is missing or has wrong columns.
+    """
+    steps: list[Step] = []
+    previous = fingerprint(dataclasses.asdict(recipe.model))
+    for index, item in enumerate(recipe.stages):
+        previous = _chained(previous, recipe, item)
+        steps.append(_stage_step(recipe, item, index, previous))
+    if recipe.rl is not None:
+        previous = _chained(previous, recipe, recipe.rl)
+        steps.append(_rl_step(recipe, recipe.rl, recipe_dir, previous))
+    return steps
+
+
+def _chained(previous: str, recipe: Recipe, item: StageRecipe | RLRecipe) -> str:
+    return fingerprint(
+        {
+            "previous": previous,
+            "step": dataclasses.asdict(item),
+            "data": {name: dataclasses.asdict(recipe.data[name]) for name in item.data},
+            "seed": recipe.seed,
+            "arguments": dict(recipe.arguments),
+        }
+    )
+
+
+def _stage_step(recipe: Recipe, item: StageRecipe, index: int, mark: str) -> StageStep:
+    where = f"stages[{index}]"
+    name = item.stage.replace("-", "_")
+    if name not in STAGES:
+        raise RecipeError(f"{where}.stage: unknown stage {item.stage!r}{closest(name, STAGES)}")
+    rows = [row for d in item.data for row in recipe_data.conversations(d, recipe.data[d])]
+    return StageStep(
+        name=f"{index + 1:02d}-{name}",
+        rows=rows,
+        fingerprint=mark,
+        stage=build(STAGES[name], item.settings, f"{where}.settings"),
+        arguments=_merged(recipe, item.arguments, StageArguments, where),
+    )
+
+
+def _rl_step(recipe: Recipe, item: RLRecipe, recipe_dir: Path, mark: str) -> RLStep:
+    if item.algorithm not in ALGORITHMS:
+        raise RecipeError(
+            f"rl.algorithm: unknown algorithm {item.algorithm!r}"
+            f"{closest(item.algorithm, ALGORITHMS)}"
+        )
+    rewards = tuple(
+        resolve_reward(reward, f"rl.rewards[{i}]", recipe_dir)
+        for i, reward in enumerate(item.rewards)
+    )
+    own = {
+        **item.arguments,
+        "loss_type": item.algorithm,
+        "reward_weights": [reward.weight for reward in item.rewards],
+    }
+    for name in ("loss_type", "reward_weights"):
+        if name in item.arguments:
+            raise RecipeError(f"rl.arguments.{name}: is set by rl.algorithm and rl.rewards")
+    return RLStep(
+        name=f"{len(recipe.stages) + 1:02d}-{RL}",
+        rows=[row for d in item.data for row in recipe_data.prompts(d, recipe.data[d])],
+        fingerprint=mark,
+        rewards=rewards,
+        arguments=_merged(recipe, own, LatentGRPOConfig, "rl"),
+    )
+
+
+def _merged(recipe: Recipe, own: Mapping[str, Any], cls: type[Any], where: str) -> dict[str, Any]:
+    """Arguments of one step: the shared ones, its own over them, names checked."""
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    for place, given in (("arguments", recipe.arguments), (f"{where}.arguments", own)):
+        for name in given:
+            if name in _RESERVED:
+                raise RecipeError(f"{place}.{name}: is set by the run (output, seed, --resume)")
+            if name not in known:
+                raise RecipeError(f"{place}: unknown key {name!r}{closest(name, known)}")
+    return {"report_to": "none", **recipe.arguments, **own, "seed": recipe.seed}
+
+
+def _arguments(cls: type[Any], given: Mapping[str, Any], work: Path, where: str) -> Any:
+    quiet = {} if sys.stderr.isatty() else {"disable_tqdm": True}
+    try:
+        return cls(output_dir=str(work), **{**quiet, **given})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
