@@ -61,7 +61,8 @@ void forward_row(const GumbelForwardArgs& args, int64_t row, double* logits, dou
     return;
   }
   const PhiloxKey key = row_key(args.seeds, row);
-  args.codes[row] = argmax_with_noise(logits, num_codes, key);
+  // The noise buffer is free until the soft part.
+  args.codes[row] = argmax_with_noise(logits, num_codes, key, reinterpret_cast<uint32_t*>(noise));
   VecD mass = VecD{};
   VecD weighted = VecD{};
   for (int64_t k = 0; k < num_codes; k += kLanesD) {

@@ -34,12 +34,18 @@ LRL_INLINE void philox_block(PhiloxKey key, int64_t block, uint32_t* words) {
     k0 += philox::kWeyl0;
     k1 += philox::kWeyl1;
   }
-  for (int i = 0; i < 8; ++i) {
-    words[4 * i + 0] = static_cast<uint32_t>(c0[i]);
-    words[4 * i + 1] = static_cast<uint32_t>(c1[i]);
-    words[4 * i + 2] = static_cast<uint32_t>(c2[i]);
-    words[4 * i + 3] = static_cast<uint32_t>(c3[i]);
-  }
+  // Words 0 and 1, and words 2 and 3, of each counter side by side; then counter after counter.
+  const VecU64 front = c0 | (c1 << 32);
+  const VecU64 back = c2 | (c3 << 32);
+#if defined(__clang__)
+  const VecU64 first = __builtin_shufflevector(front, back, 0, 8, 1, 9, 2, 10, 3, 11);
+  const VecU64 second = __builtin_shufflevector(front, back, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  const VecU64 first = __builtin_shuffle(front, back, VecU64{0, 8, 1, 9, 2, 10, 3, 11});
+  const VecU64 second = __builtin_shuffle(front, back, VecU64{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
+  memcpy(words, &first, sizeof(first));
+  memcpy(words + 16, &second, sizeof(second));
 }
 
 LRL_INLINE VecD gumbel_of_words(const uint32_t* words) {
@@ -48,6 +54,18 @@ LRL_INLINE VecD gumbel_of_words(const uint32_t* words) {
   const VecU64 bits = __builtin_convertvector(r, VecU64) | 0x4330000000000000ULL;
   const VecD u = (bit_cast<VecD>(bits) - 0x1p52 + 0.5) * 0x1p-32;
   return -log(-log(u));
+}
+
+// An upper bound of gumbel_of_words without a logarithm. -log(u) > 1 - u = v, so G < -log(v), and
+// -log(v) <= -ln 2 * floor(log2 v). The slack covers the rounding of the float64 logarithms.
+LRL_INLINE VecD gumbel_bound(const uint32_t* words) {
+  HalfU32 r;
+  memcpy(&r, words, sizeof(r));
+  // v = (~r + 0.5) * 2^-32; floor(log2(~r + 0.5)) is the exponent of the double.
+  const VecU64 bits = __builtin_convertvector(~r, VecU64) | 0x4330000000000000ULL;
+  const VecU64 exponent = bit_cast<VecU64>(bit_cast<VecD>(bits) - 0x1p52 + 0.5) >> 52;
+  const VecD biased = bit_cast<VecD>(exponent | 0x4330000000000000ULL) - 0x1p52;
+  return (32.0 + 1023.0 - biased) * 0x1.62e42fefa39fp-1 + 1e-9;
 }
 
 // noise[k] for k in [0, count), count rounded up to 32 by the caller's buffer.

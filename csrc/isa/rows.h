@@ -93,15 +93,35 @@ inline int64_t argmax(const double* row, int64_t num_codes) {
   return running.lowest();
 }
 
-// argmax of row + Gumbel noise; -inf entries are never chosen.
-inline int64_t argmax_with_noise(const double* row, int64_t num_codes, PhiloxKey key) {
-  ArgMax running;
-  uint32_t words[kNoiseBlock];
+LRL_INLINE bool any_lane(VecI64 mask) {
+  int64_t lanes[kLanesD];
+  memcpy(lanes, &mask, sizeof(mask));
+  return ((lanes[0] | lanes[1]) | (lanes[2] | lanes[3]) | (lanes[4] | lanes[5]) |
+          (lanes[6] | lanes[7])) != 0;
+}
+
+// argmax of row + Gumbel noise; -inf entries are never chosen. `words` has room for
+// padded(num_codes) entries.
+//
+// Most codes cannot win whatever their noise's exact value: the code with the greatest upper bound
+// is scored first, and then only the vectors of codes in which some bound reaches the best score so
+// far.
+inline int64_t argmax_with_noise(const double* row, int64_t num_codes, PhiloxKey key,
+                                 uint32_t* words) {
+  ArgMax bounds;
   for (int64_t k = 0; k < num_codes; k += kNoiseBlock) {
-    philox_block(key, k / kNoiseBlock, words);
-    for (int64_t part = 0; part < kNoiseBlock; part += kLanesD) {
-      running.add(load8(row + k + part) + gumbel_of_words(words + part), k + part);
+    philox_block(key, k / kNoiseBlock, words + k);
+    for (int64_t part = k; part < k + kNoiseBlock; part += kLanesD) {
+      bounds.add(load8(row + part) + gumbel_bound(words + part), part);
     }
+  }
+  const int64_t likely = bounds.lowest() / kLanesD * kLanesD;
+  const double reached = max_lanes(load8(row + likely) + gumbel_of_words(words + likely));
+  ArgMax running;
+  for (int64_t k = 0; k < num_codes; k += kLanesD) {
+    const VecD value = load8(row + k);
+    if (!any_lane(value + gumbel_bound(words + k) >= splat(reached))) continue;
+    running.add(value + gumbel_of_words(words + k), k);
   }
   return running.lowest();
 }

@@ -54,6 +54,7 @@ struct Workspace {
   double* tempered;
   double* kept;
   int32_t* ids;
+  uint32_t* words;
 };
 
 // Leaves the kept entries of `tempered` in `kept` and -inf elsewhere: top-k, then the smallest set
@@ -128,7 +129,7 @@ void sample_row(const SampleArgs& args, int64_t row, const Workspace& w) {
   const bool truncated =
       (args.top_k > 0 && args.top_k < num_codes) || args.top_p < 1.0 || args.min_p > 0.0;
   if (args.temperature == 1.0 && !truncated) {
-    const int64_t code = argmax_with_noise(w.logits, num_codes, key);
+    const int64_t code = argmax_with_noise(w.logits, num_codes, key, w.words);
     args.codes[row] = code;
     store(logprob, full.logprob(w.logits[code]));
     store(logprob_full, full.logprob(w.logits[code]));
@@ -146,7 +147,7 @@ void sample_row(const SampleArgs& args, int64_t row, const Workspace& w) {
   }
   if (args.min_p > 0.0) drop_below_min_p(source, num_codes, tempered_top, args.min_p);
   const SoftmaxSums sums = softmax_sums(source, num_codes, tempered_top);
-  const int64_t code = argmax_with_noise(source, num_codes, key);
+  const int64_t code = argmax_with_noise(source, num_codes, key, w.words);
   args.codes[row] = code;
   store(logprob, sums.logprob(source[code]));
   store(logprob_full, full.logprob(w.logits[code]));
@@ -158,7 +159,7 @@ void sample_row(const SampleArgs& args, int64_t row, const Workspace& w) {
 void sample_codes(const SampleArgs& args, int threads) {
   if (args.rows == 0) return;
   const size_t width = static_cast<size_t>(padded(args.num_codes));
-  const size_t per_thread = width * (3 * sizeof(double) + sizeof(int32_t));
+  const size_t per_thread = width * (3 * sizeof(double) + sizeof(int32_t) + sizeof(uint32_t));
   const Scratch scratch(per_thread * static_cast<size_t>(threads));
   // Noise, exps and logs make an element of a sampler several times dearer than a plain one.
   const int64_t step = rows_per_task(args.rows, args.num_codes * 8);
@@ -167,8 +168,9 @@ void sample_codes(const SampleArgs& args, int threads) {
     parallel_rows(args.rows, step, threads, [&](int64_t begin, int64_t end, int thread) {
       char* base = static_cast<char*>(scratch.data()) + per_thread * static_cast<size_t>(thread);
       double* doubles = reinterpret_cast<double*>(base);
-      const Workspace w = {doubles, doubles + width, doubles + 2 * width,
-                           reinterpret_cast<int32_t*>(doubles + 3 * width)};
+      int32_t* ids = reinterpret_cast<int32_t*>(doubles + 3 * width);
+      const Workspace w = {doubles, doubles + width, doubles + 2 * width, ids,
+                           reinterpret_cast<uint32_t*>(ids + width)};
       for (int64_t row = begin; row < end; ++row) sample_row<T>(args, row, w);
     });
   });
