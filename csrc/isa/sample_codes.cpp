@@ -57,37 +57,83 @@ struct Workspace {
   uint32_t* words;
 };
 
-// Leaves the kept entries of `tempered` in `kept` and -inf elsewhere: top-k, then the smallest set
-// whose mass reaches top_p.
-void keep_top(const SampleArgs& args, double top, const Workspace& w) {
-  const int64_t num_codes = args.num_codes;
-  const bool use_k = args.top_k > 0 && args.top_k < num_codes;
-  const bool use_p = args.top_p < 1.0;
-  for (int64_t k = 0; k < padded(num_codes); k += kLanesD) store8(w.kept + k, splat(-kInf));
-  Descending order(w.tempered, num_codes, w.ids);
-  if (use_k) {
-    int64_t budget = args.top_k < order.left() ? args.top_k : order.left();
-    for (; budget > 0; --budget) {
-      const int32_t id = order.next();
-      w.kept[id] = w.tempered[id];
+LRL_INLINE void clear(double* row, int64_t num_codes) {
+  for (int64_t k = 0; k < padded(num_codes); k += kLanesD) store8(row + k, splat(-kInf));
+}
+
+// The `wanted` greatest values, ties to the lowest ids: a heap of the chosen with the worst on top.
+class Greatest {
+ public:
+  Greatest(const double* values, int64_t wanted, int32_t* ids)
+      : values_(values), wanted_(wanted), heap_(ids) {}
+
+  void offer_all(int64_t num_codes) {
+    int64_t k = 0;
+    for (; k < num_codes && size_ < wanted_; ++k) {
+      if (values_[k] > -kInf) heap_[size_++] = static_cast<int32_t>(k);
+    }
+    for (int64_t at = size_ / 2; at-- > 0;) sift(at);
+    while (k < num_codes) {
+      // Later ids lose ties, so only a strictly greater value gets in; eight are ruled out at once.
+      if (k % kLanesD == 0 && !any_lane(load8(values_ + k) > splat(values_[heap_[0]]))) {
+        k += kLanesD;
+        continue;
+      }
+      if (values_[k] > values_[heap_[0]]) {
+        heap_[0] = static_cast<int32_t>(k);
+        sift(0);
+      }
+      ++k;
     }
   }
-  if (!use_p) return;
-  double* source = use_k ? w.kept : w.tempered;
-  const double mass = softmax_sums(source, num_codes, top).mass;
-  if (use_k) {
-    // Start again among the survivors of top-k.
-    for (int64_t k = 0; k < padded(num_codes); k += kLanesD)
-      store8(w.tempered + k, load8(w.kept + k));
-    for (int64_t k = 0; k < padded(num_codes); k += kLanesD) store8(w.kept + k, splat(-kInf));
+
+  int64_t size() const { return size_; }
+
+ private:
+  bool worse(int32_t a, int32_t b) const {
+    return values_[a] < values_[b] || (values_[a] == values_[b] && a > b);
   }
-  Descending survivors(w.tempered, num_codes, w.ids);
+
+  void sift(int64_t at) {
+    for (;;) {
+      int64_t last = at;
+      const int64_t left = 2 * at + 1;
+      if (left < size_ && worse(heap_[left], heap_[last])) last = left;
+      if (left + 1 < size_ && worse(heap_[left + 1], heap_[last])) last = left + 1;
+      if (last == at) return;
+      const int32_t swap = heap_[at];
+      heap_[at] = heap_[last];
+      heap_[last] = swap;
+      at = last;
+    }
+  }
+
+  const double* values_;
+  int64_t wanted_;
+  int32_t* heap_;
+  int64_t size_ = 0;
+};
+
+// Copies the top_k entries of `from` to `to`, and -inf elsewhere.
+void keep_top_k(const double* from, double* to, int64_t num_codes, int64_t top_k, int32_t* ids) {
+  clear(to, num_codes);
+  Greatest greatest(from, top_k, ids);
+  greatest.offer_all(num_codes);
+  for (int64_t i = 0; i < greatest.size(); ++i) to[ids[i]] = from[ids[i]];
+}
+
+// Copies the smallest set of entries whose mass reaches top_p, and -inf elsewhere.
+void keep_top_p(const double* from, double* to, int64_t num_codes, double top, double top_p,
+                int32_t* ids) {
+  const double mass = softmax_sums(from, num_codes, top).mass;
+  clear(to, num_codes);
+  Descending order(from, num_codes, ids);
   double before = 0.0;
   bool first = true;
-  while (survivors.left() > 0 && (first || before < args.top_p)) {
-    const int32_t id = survivors.next();
-    w.kept[id] = w.tempered[id];
-    before += exp(splat(w.tempered[id] - top))[0] / mass;
+  while (order.left() > 0 && (first || before < top_p)) {
+    const int32_t id = order.next();
+    to[id] = from[id];
+    before += exp(splat(from[id] - top))[0] / mass;
     first = false;
   }
 }
@@ -141,9 +187,16 @@ void sample_row(const SampleArgs& args, int64_t row, const Workspace& w) {
   }
   const double tempered_top = top / args.temperature;
   double* source = w.tempered;
-  if ((args.top_k > 0 && args.top_k < num_codes) || args.top_p < 1.0) {
-    keep_top(args, tempered_top, w);
-    source = w.kept;
+  double* spare = w.kept;
+  if (args.top_k > 0 && args.top_k < num_codes) {
+    keep_top_k(source, spare, num_codes, args.top_k, w.ids);
+    double* const swap = source;
+    source = spare;
+    spare = swap;
+  }
+  if (args.top_p < 1.0) {
+    keep_top_p(source, spare, num_codes, tempered_top, args.top_p, w.ids);
+    source = spare;
   }
   if (args.min_p > 0.0) drop_below_min_p(source, num_codes, tempered_top, args.min_p);
   const SoftmaxSums sums = softmax_sums(source, num_codes, tempered_top);
