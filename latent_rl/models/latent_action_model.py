@@ -102,24 +102,55 @@ class LatentActionModel(nn.Module):
             self.backbone.eval()
         return self
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute activations in the towers, and in the backbone when some of it is trained.
+
+        Args and meaning as in transformers; ``every_n_layers`` and ``offload`` need 5.23.
+        """
+        for module in self._checkpointable():
+            if hasattr(module, "activation_checkpointing_enable"):
+                module.activation_checkpointing_enable(
+                    activation_checkpointing_kwargs=activation_checkpointing_kwargs,
+                    every_n_layers=every_n_layers,
+                    offload=offload,
+                )
+            else:
+                module.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs=activation_checkpointing_kwargs
+                )
+
+    def activation_checkpointing_disable(self) -> None:
+        """Undo :meth:`activation_checkpointing_enable`."""
+        for module in (self.latent.inverse.tower, self.latent.policy.tower, self.backbone):
+            new = getattr(module, "activation_checkpointing_disable", None)
+            (new or cast(Any, module).gradient_checkpointing_disable)()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether any module recomputes its activations."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    # The names of transformers before 5.23, which its Trainer calls there.
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Recompute activations in the towers, and in the backbone when some of it is trained."""
-        for module in self._checkpointable():
-            module.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
-            )
+        """See :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Undo :meth:`gradient_checkpointing_enable`."""
-        for module in (self.latent.inverse.tower, self.latent.policy.tower, self.backbone):
-            cast(Any, module).gradient_checkpointing_disable()
+        """See :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether the policy's tower recomputes its activations."""
-        return bool(cast(Any, self.latent.policy.tower).is_gradient_checkpointing)
+        """See :attr:`is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
 
     def _checkpointable(self) -> list[Any]:
         modules: list[Any] = [self.latent.inverse.tower, self.latent.policy.tower]
