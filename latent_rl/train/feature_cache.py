@@ -217,11 +217,9 @@ def collate_features(rows: list[CachedRow]) -> Batch:
     labels = pad_sequence([row.labels for row in rows], True, IGNORE_INDEX)
     keep_mask = pad_sequence([torch.ones_like(row.labels, dtype=torch.bool) for row in rows], True)
     kwargs: dict[str, Any] = {"attention_mask": keep_mask.long()}
-    positions = [row.position_ids for row in rows if row.position_ids is not None]
-    if positions:
-        # pad_sequence pads the first axis: [A, L] -> [L, A] and back to [A, B, L].
-        padded = pad_sequence([p.movedim(-1, 0) for p in positions], True)
-        kwargs["position_ids"] = padded if padded.ndim == 2 else padded.movedim(-1, 0).contiguous()
+    positions = _padded_positions(rows)
+    if positions is not None:
+        kwargs["position_ids"] = positions
     trace = Trace(
         hidden=pad_sequence([row.hidden for row in rows], True),
         tower_kwargs=kwargs,
@@ -245,3 +243,22 @@ def collate_features(rows: list[CachedRow]) -> Batch:
             ),
         }
     return batch
+
+
+def _padded_positions(rows: list[CachedRow]) -> Tensor | None:
+    """[B, L] or [A, B, L]; None if no row has position ids.
+
+    A decoder that was given none counts from 0 (Qwen2.5-VL does so for batches without images), so a
+    row cached without them gets the count on every axis.
+    """
+    known = next((row.position_ids for row in rows if row.position_ids is not None), None)
+    if known is None:
+        return None
+    positions = []
+    for row in rows:
+        count = torch.arange(row.hidden.shape[0]).expand(*known.shape[:-1], -1)
+        own = count if row.position_ids is None else row.position_ids
+        # pad_sequence pads the first axis: [A, L] -> [L, A].
+        positions.append(own.movedim(-1, 0))
+    padded = pad_sequence(positions, True)
+    return padded if padded.ndim == 2 else padded.movedim(-1, 0).contiguous()
