@@ -110,6 +110,21 @@ def test_sample_codes_of_rows_without_a_distribution(isa: str) -> None:
             assert values.isnan().tolist() == [True, True, True, False, False]
 
 
+def test_the_lowest_id_wins_ties_across_lanes(isa: str) -> None:
+    logits = torch.zeros(1, 40)
+    logits[0, [8, 1, 33]] = 2.0  # lanes 0, 1 and 1 of vectors of eight
+    ids = torch.zeros(1, dtype=torch.int64)
+    assert sample_codes(logits, 0.0, 0, 1.0, 0.0, ids, ids)[0].tolist() == [1]
+    # Of equal logits top-k keeps the lowest ids, so these are all it can draw.
+    seeds = torch.arange(200)
+    codes = sample_codes(torch.zeros(200, 40), 1.0, 3, 1.0, 0.0, seeds, seeds)[0]
+    assert set(codes.tolist()) == {0, 1, 2}
+    logits = torch.zeros(200, 40)
+    logits[:, 39] = 1.0  # pushes the highest of the tied ids out
+    codes = sample_codes(logits, 1.0, 3, 1.0, 0.0, seeds, seeds)[0]
+    assert set(codes.tolist()) == {0, 1, 39}
+
+
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40000, 4)
     seeds = torch.arange(40000)
