@@ -76,9 +76,9 @@ __device__ Choice best_of_block(Choice mine, Shared* shared) {
   return best;
 }
 
-// Unsigned integers in the order of the doubles.
+// Unsigned integers in the order of the doubles; adding zero makes -0 and 0 the tie they are.
 __device__ unsigned long long ordered(double v) {
-  const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(v));
+  const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(v + 0.0));
   return (bits >> 63) != 0 ? ~bits : bits | 0x8000000000000000ULL;
 }
 
