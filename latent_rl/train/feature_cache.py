@@ -248,8 +248,8 @@ def collate_features(rows: list[CachedRow]) -> Batch:
 def _padded_positions(rows: list[CachedRow]) -> Tensor | None:
     """[B, L] or [A, B, L]; None if no row has position ids.
 
-    A decoder that was given none counts from 0 (Qwen2.5-VL does so for batches without images), so a
-    row cached without them gets the count on every axis.
+    A decoder that was given none counts from 0 (Qwen2.5-VL does so for batches without images), so
+    a row cached without them gets the count on every axis.
     """
     known = next((row.position_ids for row in rows if row.position_ids is not None), None)
     if known is None:

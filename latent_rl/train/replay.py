@@ -100,23 +100,18 @@ def join_traces(
         (longest_prompt - prompt, longest - step)
         for prompt, step in zip(prompt_lengths, steps, strict=True)
     ]
-    for trace in traces:
-        mask = trace.tower_kwargs.get("attention_mask")
-        if not (isinstance(mask, Tensor) and mask.ndim == 2):
-            raise ValueError(
-                "join_traces: this decoder prepares its own attention masks; "
-                "set dynamic_sampling=False"
-            )
-    kwargs: dict[str, Tensor | None] = {}
-    for name in traces[0].tower_kwargs:
-        values = [trace.tower_kwargs[name] for trace in traces]
-        if any(value is None for value in values):
-            kwargs[name] = None
-            continue
-        batch_axis = values[0].ndim - 2
-        kwargs[name] = torch.cat(
-            [nn.functional.pad(value, pad) for value, pad in zip(values, pads, strict=True)],
-            batch_axis,
+    kwargs: dict[str, Tensor] = {
+        "attention_mask": torch.cat(
+            [nn.functional.pad(_plain_mask(t), pad) for t, pad in zip(traces, pads, strict=True)]
+        )
+    }
+    given = [t.tower_kwargs.get("position_ids") for t in traces]
+    known = [positions for positions in given if positions is not None]
+    if known:
+        most_axes = max(known, key=lambda positions: positions.ndim)
+        positions = [_positions(trace, like=most_axes) for trace in traces]
+        kwargs["position_ids"] = torch.cat(
+            [nn.functional.pad(p, pad) for p, pad in zip(positions, pads, strict=True)], dim=-2
         )
     hidden = [
         nn.functional.pad(trace.hidden, (0, 0, *pad))
@@ -126,3 +121,24 @@ def join_traces(
     return Trace(
         torch.cat(hidden), kwargs, torch.cat(keep), torch.cat([trace.text_only for trace in traces])
     )
+
+
+def _plain_mask(trace: Trace) -> Tensor:
+    mask = trace.tower_kwargs.get("attention_mask")
+    if not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise ValueError(
+            "join_traces: this decoder prepares its own attention masks; set dynamic_sampling=False"
+        )
+    return mask
+
+
+def _positions(trace: Trace, *, like: Tensor) -> Tensor:
+    """Position ids [B, L] or [A, B, L] with the axes of `like`.
+
+    A decoder that was given none counts from 0 (Qwen2.5-VL for a batch without images).
+    """
+    own = trace.tower_kwargs.get("position_ids")
+    batch, length = trace.hidden.shape[:2]
+    if own is None:
+        own = torch.arange(length, device=trace.hidden.device)
+    return own.expand(*like.shape[:-2], batch, length)
