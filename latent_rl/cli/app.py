@@ -52,15 +52,17 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors are reported, not raised."""
     try:
-        # Not standalone: the parser then raises its errors, and all errors look alike.
+        # Not standalone: the parser then raises its errors, and all errors look alike. It gives
+        # exit codes back as the result, and 130 for an interrupt.
         result = app(arguments, prog_name="latent-rl", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("latent-rl: interrupted; run the same command to continue", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+        result = EXIT_INTERRUPTED
     except typer.Exit as stop:
-        return stop.exit_code
+        result = stop.exit_code
     except Exception as error:  # noqa: BLE001  the outermost frame: sorts all errors into exit codes
         return exit_code(error)
+    if result == EXIT_INTERRUPTED:
+        print("latent-rl: interrupted; run the same command to continue", file=sys.stderr)  # noqa: T201
     return result if isinstance(result, int) else 0
 
 
@@ -145,9 +147,9 @@ def generate(
         float, typer.Option(min=0.0, help="Of the codes; 0 takes the most likely.")
     ] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Codes to keep; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Mass of codes to keep.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Mass of codes to keep.")] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Least probability, relative to the likeliest.")
+        float, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the likeliest.")
     ] = 0.0,
     code: Annotated[int | None, typer.Option(help="Steer: take this code at every step.")] = None,
     base: Annotated[bool, typer.Option("--base", help="The base model, without codes.")] = False,
@@ -194,7 +196,10 @@ def doctor(
     run_doctor(as_json=as_json)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def bench(context: typer.Context) -> None:
     """Time the ops against their peers (in a source checkout): run, verify or profile."""
     from latent_rl.cli.bench import run_bench

@@ -35,7 +35,9 @@ def exit_code(error: Exception) -> int:
         return 1
     if os.environ.get(TRACEBACK_VARIABLE) == "1":
         traceback.print_exception(error)
-    print(f"latent-rl: {one_line(usage() if usage else describe(error))}", file=sys.stderr)  # noqa: T201
+    message = one_line(usage() if usage else describe(error))
+    if message:  # a bare `latent-rl` has printed its help, and has nothing to add
+        print(f"latent-rl: {message}", file=sys.stderr)  # noqa: T201
     return EXIT_USER_ERROR
 
 

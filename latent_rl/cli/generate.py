@@ -11,7 +11,12 @@ import torch
 from rich.console import Console
 
 from latent_rl.cli.errors import UserError
-from latent_rl.cli.loading import load_checkpoint, load_processor, saved_latent_config
+from latent_rl.cli.loading import (
+    load_checkpoint,
+    load_processor,
+    no_bars_in_logs,
+    saved_latent_config,
+)
 from latent_rl.cli.run_dir import checkpoint_in
 from latent_rl.data import load_image, render_prompts
 
@@ -70,6 +75,7 @@ def answer(request: GenerateRequest) -> Answer:
     Raises:
         UserError, ValueError, OSError: naming what is missing or wrong.
     """
+    no_bars_in_logs()
     images = [load_image(path) for path in request.images]
     directory = checkpoint_in(request.model)
     config, record = saved_latent_config(directory)

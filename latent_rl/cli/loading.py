@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,22 @@ __all__ = [
     "load_backbone",
     "load_checkpoint",
     "load_processor",
+    "no_bars_in_logs",
     "require_model_name",
     "saved_latent_config",
 ]
 
 _CONFIG = "config.json"
+_DEMO_PROCESSOR = "ImageTextProcessor"
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def no_bars_in_logs() -> None:
+    """Switch transformers' own progress bars off where nobody watches them move."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def require_model_name(name: str, where: str) -> None:
@@ -81,12 +92,11 @@ def _processor_class(candidate: str | Path) -> Any:
     from transformers import AutoProcessor
 
     record = Path(candidate) / "processor_config.json"
-    if record.is_file():
-        from latent_rl.demo.vlm import ImageTextProcessor
+    saved = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if saved.get("processor_class") == _DEMO_PROCESSOR:
+        from latent_rl.demo.tiny_vlm import ImageTextProcessor
 
-        saved = json.loads(record.read_text(encoding="utf-8")).get("processor_class")
-        if saved == ImageTextProcessor.__name__:
-            return ImageTextProcessor
+        return ImageTextProcessor
     return AutoProcessor
 
 

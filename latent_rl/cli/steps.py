@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from latent_rl.cli import recipe_data
 from latent_rl.cli.errors import UserError
 from latent_rl.cli.recipe_rewards import resolve_reward
@@ -218,8 +220,11 @@ def _merged(recipe: Recipe, own: Mapping[str, Any], cls: type[Any], where: str) 
 
 
 def _arguments(cls: type[Any], given: Mapping[str, Any], work: Path, where: str) -> Any:
-    quiet = {} if sys.stderr.isatty() else {"disable_tqdm": True}
+    machine = {
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     try:
-        return cls(output_dir=str(work), **{**quiet, **given})
+        return cls(output_dir=str(work), **{**machine, **given})
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error

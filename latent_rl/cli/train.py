@@ -17,6 +17,7 @@ from latent_rl.cli.loading import (
     load_backbone,
     load_checkpoint,
     load_processor,
+    no_bars_in_logs,
     require_model_name,
     saved_latent_config,
 )
@@ -40,6 +41,7 @@ def run_train(
         UserError, RecipeError, ValueError, OSError: naming what is missing or wrong.
     """
     console = Console()
+    no_bars_in_logs()
     recipe = load_recipe(path)
     root = out or recipe.output
     if root is None:
