@@ -64,7 +64,7 @@ def _extension_problem() -> str | None:
 
 @functools.cache
 def _extension_has_cuda() -> bool:
-    return _extension_problem() is None and bool(_load("latent_rl._C", "has_cuda")())
+    return _extension_problem() is None and bool(importlib.import_module("latent_rl._C").has_cuda)
 
 
 @functools.cache
