@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from latent_rl.data.render import (
     IGNORE_INDEX,
@@ -39,7 +39,11 @@ class ConversationCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Encode and pad; ValueError names the row that cannot be."""
-        return _batch(self.processor, self.encode(rows))
+        return self.pad(self.encode(rows))
+
+    def pad(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
+        """The batch of rows that were encoded before, for epochs that need no second encoding."""
+        return _batch(self.processor, list(encoded))
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """The rows as token ids, cut to ``max_length``."""
@@ -70,7 +74,7 @@ class PairedViewCollator(ConversationCollator):
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Encode, pad and align."""
         encoded = self.encode(rows)
-        batch = _batch(self.processor, encoded)
+        batch = self.pad(encoded)
         paired = [i for i, row in enumerate(encoded) if row.images]
         views = [
             self._cut(encode_conversation(self.processor, _without_images(rows[i])), f"row {i}")

@@ -1,7 +1,5 @@
 """The backends that can run on this machine, one test run each."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -9,10 +7,11 @@ BACKENDS = ("reference", "native")
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force one row of the dispatch table for every op that has it."""
     monkeypatch.setenv("LATENT_RL_BACKEND", request.param)
-    yield request.param
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,10 @@ def hostile_searches(dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     near = base + 1e-4 * normal(1, 60, 256)
     cases["near duplicates"] = (base + 1e-4 * normal(1, 50, 256), near)
     cases["far from the origin"] = (normal(1, 50, 96) + 8, normal(1, 60, 96) + 8)
-    cases["zero rows and codes"] = (torch.zeros(1, 3, 8), torch.cat([normal(1, 2, 8), torch.zeros(1, 2, 8)], 1))
+    cases["zero rows and codes"] = (
+        torch.zeros(1, 3, 8),
+        torch.cat([normal(1, 2, 8), torch.zeros(1, 2, 8)], 1),
+    )
     # float16 squares overflow at 256; sums of 2048 of them far earlier.
     cases["large norms"] = (100 * normal(1, 10, 2048), 100 * normal(1, 9, 2048))
     integers = torch.randint(-2, 3, (1, 200, 4), generator=generator).float()

@@ -110,7 +110,9 @@ def test_permuting_the_codebook_permutes_the_codes(n, num_codes, width, seed) ->
     order = torch.randperm(num_codes, generator=generator)
     codes = ops.nearest_code(x, codebook)
     assert torch.equal(order[ops.nearest_code(x, codebook[order])], codes)
-    split = torch.cat([ops.nearest_code(x[: n // 2], codebook), ops.nearest_code(x[n // 2 :], codebook)])
+    split = torch.cat(
+        [ops.nearest_code(x[: n // 2], codebook), ops.nearest_code(x[n // 2 :], codebook)]
+    )
     assert torch.equal(split, codes), "a row's code depends on its batch"
     assert torch.equal(ops.nearest_code(codebook[codes], codebook), codes), "quantising twice"
 
@@ -123,7 +125,13 @@ GOOD = (torch.zeros(4, 3), torch.zeros(2, 3))
 @pytest.mark.parametrize(
     ("x", "codebook", "metric", "kind", "message"),
     [
-        (GOOD[0], torch.zeros(2, 5), "l2", ValueError, r"codebook.shape\[-1\] must equal .*3.*got 5"),
+        (
+            GOOD[0],
+            torch.zeros(2, 5),
+            "l2",
+            ValueError,
+            r"codebook.shape\[-1\] must equal .*3.*got 5",
+        ),
         (GOOD[0], torch.zeros(0, 3), "l2", ValueError, "at least one code"),
         (GOOD[0], GOOD[1].double(), "l2", TypeError, "codebook must have x's dtype"),
         (GOOD[0].long(), GOOD[1], "l2", TypeError, "x must be float32"),

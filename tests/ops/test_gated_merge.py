@@ -1,0 +1,174 @@
+"""gated_merge: parity, gradients, stand-ins, edges, compilation and errors."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from latent_rl import ops
+from latent_rl.reference.gated_merge import gated_merge_forward
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Errors of two chained products, relative to outputs of order one.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 8e-3}
+N, HIDDEN, WIDTH, INNER, CODES = 23, 12, 7, 17, 5
+
+
+def inputs(dtype=torch.float32):
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
+
+    return {
+        "e": torch.randn(N, HIDDEN).to(dtype),
+        "codes": torch.randint(CODES, (N,)),
+        "codebook": torch.randn(CODES, WIDTH).to(dtype),
+        "w_gate": normal(INNER, HIDDEN + WIDTH),
+        "w_up": normal(INNER, HIDDEN + WIDTH),
+        "w_down": normal(HIDDEN, INNER),
+    }
+
+
+def dense(e, vectors, w_gate, w_up, w_down):
+    """The block as the paper writes it, on joined vectors."""
+    joined = torch.cat([e, vectors], -1)
+    return F.linear(F.silu(F.linear(joined, w_gate)) * F.linear(joined, w_up), w_down)
+
+
+def leaves(tensors):
+    return [t.requires_grad_() for name, t in tensors.items() if name != "codes"]
+
+
+# parity
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_is_within_that_of_the_same_dtype_composition(backend, dtype) -> None:
+    given = inputs(dtype)
+    exact = gated_merge_forward(
+        *(t if t.dtype == torch.int64 else t.double() for t in given.values())
+    )[0]
+    got = ops.gated_merge(**given).double()
+    torch.testing.assert_close(got, exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+# gradients
+
+
+def test_gradcheck(backend) -> None:
+    given = inputs(torch.float64)
+    codes = given["codes"]
+
+    def block(e, codebook, w_gate, w_up, w_down):
+        return ops.gated_merge(e, codes, codebook, w_gate, w_up, w_down)
+
+    assert torch.autograd.gradcheck(block, leaves(given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_equal_those_of_the_dense_form(backend, dtype) -> None:
+    given = inputs(dtype)
+    ours = (
+        torch.autograd.grad(ops.gated_merge(**given).double().square().sum(), leaves(given))
+        if (leaves(given))
+        else ()
+    )
+    wide = {k: t if t.dtype == torch.int64 else t.detach().double() for k, t in given.items()}
+    targets = leaves(wide)
+    out = dense(wide["e"], wide["codebook"][wide["codes"]], *list(wide.values())[3:])
+    theirs = torch.autograd.grad(out.square().sum(), targets)
+    for got, expected in zip(ours, theirs, strict=True):
+        scale = expected.abs().max()
+        assert (got.double() - expected).abs().max() <= TOLERANCE[dtype] * (1 + 4 * scale)
+
+
+def test_code_vectors_receive_the_gradient_of_the_code(backend) -> None:
+    given = inputs(torch.float64)
+    vectors = given["codebook"][given["codes"]].clone().requires_grad_()
+    codebook = given["codebook"].requires_grad_()
+    out = ops.gated_merge(**given, code_vectors=vectors)
+    got, at_codebook = torch.autograd.grad(out.square().sum(), (vectors, codebook))
+    weights = given["w_gate"], given["w_up"], given["w_down"]
+    expected = torch.autograd.grad(dense(given["e"], vectors, *weights).square().sum(), vectors)[0]
+    torch.testing.assert_close(got, expected)
+    assert at_codebook.eq(0).all()
+
+
+def test_code_probs_receive_the_gradient_of_the_one_hot(backend) -> None:
+    given = inputs(torch.float64)
+    probs = F.one_hot(given["codes"], CODES).double().requires_grad_()
+    codebook = given["codebook"].requires_grad_()
+    out = ops.gated_merge(**given, code_probs=probs)
+    ours = torch.autograd.grad(out.square().sum(), (probs, codebook))
+    weights = given["w_gate"], given["w_up"], given["w_down"]
+    composed = dense(given["e"], probs @ codebook, *weights).square().sum()
+    for got, expected in zip(ours, torch.autograd.grad(composed, (probs, codebook)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+# torch registration
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.latent_rl.gated_merge_forward.default, tuple(inputs().values()))
+
+
+def test_compiled_equals_eager() -> None:
+    given = inputs()
+    wanted = leaves(given)
+    compiled = torch.compile(ops.gated_merge, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(ops.gated_merge(**given).square().sum(), wanted)
+    got = torch.autograd.grad(compiled(**given).square().sum(), wanted)
+    for ours, theirs in zip(got, eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# edges
+
+
+def test_leading_dimensions_are_free(backend) -> None:
+    given = inputs()
+    flat = ops.gated_merge(**given)
+    given["e"], given["codes"] = given["e"].reshape(1, N, HIDDEN), given["codes"].reshape(1, N)
+    assert torch.equal(ops.gated_merge(**given)[0], flat)
+
+
+def test_masked_rows_give_nan_and_no_gradient(backend) -> None:
+    given = inputs(torch.float64)
+    given["codes"][3] = -1
+    out = ops.gated_merge(**given)
+    assert out[3].isnan().all()
+    wanted = leaves(given)
+    grads = torch.autograd.grad(ops.gated_merge(**given).nan_to_num().sum(), wanted)
+    assert all(g.isfinite().all() for g in grads)
+    assert grads[0][3].eq(0).all()
+
+
+def test_no_rows(backend) -> None:
+    given = inputs()
+    given["e"], given["codes"] = given["e"][:0], given["codes"][:0]
+    assert ops.gated_merge(**given).shape == (0, HIDDEN)
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"w_up": torch.zeros(INNER, 3)}, ValueError, "w_up must have shape"),
+        ({"codes": torch.full((N,), CODES)}, ValueError, r"codes must lie in \[-1, 5\)"),
+        ({"codes": torch.zeros(N)}, TypeError, "codes must be int64"),
+        ({"codes": torch.zeros(N - 1, dtype=torch.int64)}, ValueError, "codes must have shape"),
+        ({"w_down": torch.zeros(HIDDEN, INNER).half()}, TypeError, "w_down must have e's dtype"),
+        ({"code_vectors": torch.zeros(N, 3)}, ValueError, "code_vectors must have shape"),
+    ],
+)
+def test_bad_input_is_named(change, kind, message) -> None:
+    with pytest.raises(kind, match=f"gated_merge: .*{message}"):
+        ops.gated_merge(**{**inputs(), **change})
+
+
+def test_both_stand_ins_are_refused() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        ops.gated_merge(
+            **inputs(), code_vectors=torch.zeros(N, WIDTH), code_probs=torch.zeros(N, CODES)
+        )
