@@ -20,13 +20,6 @@ ROOT = Path(__file__).parents[2]
 def test_ranks_stay_equal(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "tests.train.two_ranks", str(tmp_path)],
         cwd=ROOT,
