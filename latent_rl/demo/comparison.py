@@ -1,0 +1,279 @@
+"""The last steps of the demo: both RL arms per task, evaluation, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from latent_rl import __version__
+from latent_rl.data import ConversationCollator
+from latent_rl.demo import report
+from latent_rl.demo.arms import ArmRun, Budget, run_latent_arm, run_token_arm
+from latent_rl.demo.evaluate import EVALUATION_SEEDS, PARTS, Splits, evaluate_arm
+from latent_rl.demo.progress import StepProgress
+from latent_rl.demo.result import ArmResult, DemoResult, WorldModelNumbers, result_from_json
+from latent_rl.demo.speakers import LatentSpeaker, Speaker, TokenSpeaker
+from latent_rl.demo.steps import LATENT, MAX_LENGTH
+from latent_rl.demo.tasks import TASKS, Task
+from latent_rl.demo.tiny_vlm import load_model, load_processor
+from latent_rl.demo.workspace import Workspace
+from latent_rl.demo.writing import write_json
+from latent_rl.eval import world_model_report
+from latent_rl.models import LatentActionModel
+
+__all__ = ["EvaluationStep", "LatentArmStep", "ReportStep", "TokenArmStep"]
+
+_CLONED = "behaviour_cloning"
+
+
+def _budget(workspace: Workspace) -> Budget:
+    scale = workspace.settings.scale
+    batch = 64 if scale >= 0.5 else 16
+    return Budget(steps=workspace.settings.steps(60), batch=batch)
+
+
+def _record(run: ArmRun) -> dict[str, Any]:
+    return dataclasses.asdict(run)
+
+
+@dataclass(frozen=True)
+class LatentArmStep:
+    """RL of the latent policy on one task, from the cloned policy."""
+
+    task: str
+    weight: float = 45
+
+    @property
+    def name(self) -> str:
+        """The arm and its task."""
+        return f"latent RL, {self.task}"
+
+    def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
+        """See :class:`latent_rl.demo.steps.Step`."""
+        model = _latent_model(workspace, _CLONED)
+        task = TASKS[self.task]
+        run = run_latent_arm(
+            model,
+            load_processor(workspace.path("base")),
+            task.rewards(),
+            task.prompts(workspace.path("data"), "rl"),
+            _budget(workspace),
+            algorithm=workspace.settings.algorithm,
+            seed=workspace.settings.seed,
+            out=workspace.path("rl", f"latent-{self.task}"),
+            progress=progress,
+        )
+        model.save_pretrained(workspace.path("latent", self.task))
+        return _record(run)
+
+
+@dataclass(frozen=True)
+class TokenArmStep:
+    """Token-level RL of the base model on one task, with TRL's GRPOTrainer."""
+
+    task: str
+    weight: float = 60
+
+    @property
+    def name(self) -> str:
+        """The arm and its task."""
+        return f"token RL, {self.task}"
+
+    def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
+        """See :class:`latent_rl.demo.steps.Step`."""
+        model = load_model(workspace.path("base"))
+        task = TASKS[self.task]
+        run = run_token_arm(
+            model,
+            load_processor(workspace.path("base")),
+            task.rewards(),
+            task.prompts(workspace.path("data"), "rl"),
+            _budget(workspace),
+            algorithm=workspace.settings.algorithm,
+            seed=workspace.settings.seed,
+            out=workspace.path("rl", f"token-{self.task}"),
+            progress=progress,
+        )
+        model.save_pretrained(workspace.path("token", self.task))
+        return _record(run)
+
+
+@dataclass(frozen=True)
+class EvaluationStep:
+    """Measure every arm on held-out pictures, with known and with held-out personas."""
+
+    name: str = "evaluation"
+    weight: float = 60
+
+    def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
+        """See :class:`latent_rl.demo.steps.Step`."""
+        tasks = [TASKS[name] for name in workspace.settings.tasks]
+        done = 0
+        progress.start(4 * len(tasks) * PARTS)
+
+        def on_part() -> None:
+            nonlocal done
+            done += 1
+            progress.advance_to(done)
+
+        arms = []
+        for task in tasks:
+            splits: Splits = {
+                split: task.prompts(workspace.path("data"), split)[:96] for split in ("test", "ood")
+            }
+            for arm, speaker, step in _contestants(workspace, task):
+                result = evaluate_arm(
+                    arm,
+                    task.name,
+                    speaker,
+                    task.rewards(),
+                    splits,
+                    num_codes=LATENT.num_codes,
+                    diversity_prompts=16,
+                    on_part=on_part,
+                )
+                if step is not None:
+                    run = workspace.record(step)
+                    result = dataclasses.replace(
+                        result,
+                        rollout_seconds=run["rollout_seconds"],
+                        update_seconds=run["update_seconds"],
+                        curve=tuple(run["curve"]),
+                    )
+                arms.append(dataclasses.asdict(result))
+        return {"arms": arms, **_world_model(workspace, tasks)}
+
+
+def _contestants(workspace: Workspace, task: Task) -> Sequence[tuple[str, Speaker, str | None]]:
+    """(arm, who speaks, the RL step its seconds and curve come from)."""
+    processor = load_processor(workspace.path("base"))
+    base = load_model(workspace.path("base"))
+    token = load_model(workspace.path("token", task.name))
+    return (
+        ("SFT", TokenSpeaker(base, processor), None),
+        ("token RL", TokenSpeaker(token, processor), TokenArmStep(task.name).name),
+        ("cloned policy", LatentSpeaker(_latent_model(workspace, _CLONED), processor), None),
+        (
+            "latent RL",
+            LatentSpeaker(_latent_model(workspace, task.name), processor),
+            LatentArmStep(task.name).name,
+        ),
+    )
+
+
+def _latent_model(workspace: Workspace, name: str) -> LatentActionModel:
+    return LatentActionModel.from_pretrained(
+        workspace.path("latent", name), load_model(workspace.path("base"))
+    )
+
+
+def _world_model(workspace: Workspace, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Cross-entropies on held-out ideal answers, and what each code speaks for."""
+    model = _latent_model(workspace, _CLONED)
+    processor = load_processor(workspace.path("base"))
+    collator = ConversationCollator(processor, max_length=MAX_LENGTH)
+    rows = [
+        {
+            "messages": [*row["prompt"], {"role": "assistant", "content": row["reference"]}],
+            "images": row["images"],
+        }
+        for task in tasks
+        for row in task.prompts(workspace.path("data"), "test")[:32]
+    ]
+    batches = [collator(rows[i : i + 16]) for i in range(0, len(rows), 16)]
+    numbers = world_model_report(model, batches)
+    return {
+        "world_model": {
+            "base": numbers.base,
+            "inverse": numbers.inverse,
+            "random": numbers.random,
+            "marginal": numbers.marginal,
+        },
+        "code_tokens": _code_tokens(model, processor, batches),
+    }
+
+
+@torch.no_grad()
+def _code_tokens(
+    model: LatentActionModel, processor: Any, batches: Sequence[Any]
+) -> dict[str, Any]:
+    """Per code, the response tokens the inverse model most often explains by it."""
+    counts = torch.zeros(LATENT.num_codes, len(processor.tokenizer), dtype=torch.int64)
+    for batch in batches:
+        trace = model.encode(batch["inputs"])
+        codes = model.inverse_codes(model.inverse(model.state(trace), trace).head)
+        acts = batch["labels"][:, 1:] != -100
+        pairs = codes[:, :-1][acts], batch["labels"][:, 1:][acts]
+        counts.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
+    top = {}
+    for code in counts.sum(1).nonzero()[:, 0].tolist():
+        tokens = counts[code].topk(4)
+        top[str(code)] = [
+            processor.tokenizer.decode([token])
+            for token, count in zip(tokens.indices.tolist(), tokens.values.tolist(), strict=True)
+            if count
+        ]
+    return top
+
+
+@dataclass(frozen=True)
+class ReportStep:
+    """Write the results, the picture and the report; the table is printed by the caller."""
+
+    name: str = "report"
+    weight: float = 4
+
+    def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
+        """See :class:`latent_rl.demo.steps.Step`."""
+        result = collect(workspace)
+        write_json(workspace.path("result.json"), dataclasses.asdict(result))
+        report.write_picture(result, workspace.path("report.png"))
+        report.write_report(result, workspace.path("report.html"))
+        return {}
+
+
+def collect(workspace: Workspace) -> DemoResult:
+    """The result of a run whose evaluation is done."""
+    evaluation = workspace.record("evaluation")
+    arms: tuple[ArmResult, ...] = tuple(result_from_json(arm) for arm in evaluation["arms"])
+    losses = {
+        name: tuple(workspace.record(name)["losses"])
+        for name in workspace.seconds()
+        if "losses" in workspace.record(name)
+    }
+    return DemoResult(
+        settings=workspace.settings.as_dict(),
+        machine={
+            "processor": _processor_name(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "latent_rl": __version__,
+        },
+        arms=arms,
+        world_model=WorldModelNumbers(**evaluation["world_model"]),
+        num_codes=LATENT.num_codes,
+        step_seconds=workspace.seconds(),
+        losses=losses,
+        code_tokens={int(k): tuple(v) for k, v in evaluation["code_tokens"].items()},
+        rl_budget=_budget(workspace).rollouts,
+        evaluation_seeds=len(EVALUATION_SEEDS),
+    )
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

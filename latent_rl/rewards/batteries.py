@@ -1,0 +1,181 @@
+"""Programmatic rewards to build on: naming one fact, good form, gating one reward on another.
+
+All follow the protocol of :mod:`latent_rl.rewards.protocol` (TRL's): called with ``prompts``,
+``completions``, ``completion_ids`` and the dataset's columns, returning one number per completion.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from latent_rl.rewards.protocol import Completion, RewardValue
+
+__all__ = ["Gated", "NamesTheFact", "SyncReward", "WellFormed", "completion_text", "facts_named"]
+
+_WORD = re.compile(r"[a-z0-9']+")
+
+
+class SyncReward(Protocol):
+    """A reward that returns its numbers at once."""
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        **columns: Any,
+    ) -> Sequence[RewardValue]: ...
+
+
+def completion_text(completion: Completion) -> str:
+    """The text of a completion: as it is, or joined over its messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(_content_text(message.get("content", "")) for message in completion)
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content)
+
+
+def facts_named(text: str, facts: Iterable[str]) -> set[str]:
+    """Those of ``facts`` (single lower-case words) that occur in ``text`` as whole words."""
+    return set(_WORD.findall(text.lower())) & set(facts)
+
+
+class NamesTheFact:
+    """1 where the answer names the right one of several facts and none of the others, else 0.
+
+    Naming two (hedging) scores 0, so that listing every fact does not pay. Rows whose column is
+    None are not applicable: the reward is None there.
+
+    Args:
+        facts: the words that exclude each other, such as the names of the ten digits.
+        column: dataset column that holds the right one.
+        name: under which the reward is logged.
+
+    Raises:
+        ValueError: when called, for a column whose value is none of the facts.
+    """
+
+    def __init__(self, facts: Iterable[str], column: str, name: str = "names_the_fact") -> None:
+        self.facts = frozenset(fact.lower() for fact in facts)
+        self.column = column
+        self.__name__ = name
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        **columns: Any,
+    ) -> list[RewardValue]:
+        """See the class."""
+        truths = _column(columns, self.column, self.__name__)
+        return [
+            self._score(completion_text(completion), truth)
+            for completion, truth in zip(completions, truths, strict=True)
+        ]
+
+    def _score(self, text: str, truth: str | None) -> float | None:
+        if truth is None:
+            return None
+        if truth not in self.facts:
+            raise ValueError(
+                f"{self.__name__}: column {self.column!r} must hold one of "
+                f"{sorted(self.facts)}, got {truth!r}"
+            )
+        return float(facts_named(text, self.facts) == {truth})
+
+
+class WellFormed:
+    """Share of the marks of a well-formed answer, in {0, 1/4, ..., 1}.
+
+    The marks: it begins with a capital letter; ends in ``.``, ``!`` or ``?``; has between
+    ``min_words`` and ``max_words`` words; repeats no word at once. An empty answer scores 0.
+    """
+
+    def __init__(
+        self, *, min_words: int = 1, max_words: int = 40, name: str = "well_formed"
+    ) -> None:
+        if not 1 <= min_words <= max_words:
+            raise ValueError(
+                f"WellFormed: need 1 <= min_words <= max_words, got {min_words}, {max_words}"
+            )
+        self.min_words, self.max_words = min_words, max_words
+        self.__name__ = name
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        **columns: Any,
+    ) -> list[RewardValue]:
+        """See the class."""
+        return [self.score(completion_text(completion)) for completion in completions]
+
+    def score(self, text: str) -> float:
+        """The share of marks that ``text`` has."""
+        text = text.strip()
+        words = _WORD.findall(text.lower())
+        if not words:
+            return 0.0
+        marks = (
+            text[0].isupper(),
+            text[-1] in ".!?",
+            self.min_words <= len(words) <= self.max_words,
+            all(a != b for a, b in itertools.pairwise(words)),
+        )
+        return sum(marks) / len(marks)
+
+
+class Gated:
+    """``reward`` where every gate scores 1, else 0: style earns nothing on a wrong answer.
+
+    A gate that is not applicable (None) is open. A reward that is None stays None where the gates
+    are open.
+    """
+
+    def __init__(self, reward: SyncReward, *gates: SyncReward) -> None:
+        if not gates:
+            raise ValueError("Gated: needs at least one gate")
+        self.reward, self.gates = reward, gates
+        self.__name__ = str(getattr(reward, "__name__", type(reward).__name__))
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        **columns: Any,
+    ) -> list[RewardValue]:
+        """See the class."""
+        given: dict[str, Any] = {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            **columns,
+        }
+        values = self.reward(**given)
+        gates = [gate(**given) for gate in self.gates]
+        return [
+            value if all(gate[i] is None or gate[i] == 1 for gate in gates) else 0.0
+            for i, value in enumerate(values)
+        ]
+
+
+def _column(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:
+    if name not in columns:
+        raise ValueError(f"{reward}: needs the dataset column {name!r}, got {sorted(columns)}")
+    found: Sequence[Any] = columns[name]
+    return found
