@@ -127,9 +127,9 @@ def load_pcogalign(
         info = _field(record, "eval_info", dict, where)
         image = _field(record, "image", dict, where)
         file_path = _field(image, "file_path", str, f"{where}, image")
-        roles = ", ".join(f"{role} at {place}" for place, role in role_set.items())
+        roles = "\n".join(f"{place}: {role}" for place, role in role_set.items())
         prompt = [
-            _text_message("system", f"The user is {roles}."),
+            _text_message("system", f"Roles of the user\n{roles}"),
             {
                 "role": "user",
                 "content": [
