@@ -14,10 +14,9 @@ TRITON := triton==3.6.0
 
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_ROOMS := latent_rl tests benchmarks examples kernels
-BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(NATIVE)
+BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(NATIVE) $(VENV)/kernels.list
 
-.PHONY: help setup demo test check-style types lint unit demo-test gpu-test bench clean
+.PHONY: FORCE help setup demo test check-style types lint unit demo-test gpu-test bench clean
 
 help:
 	@echo "make demo      set up and run the whole method on real images, with a table and a report"
@@ -36,6 +35,12 @@ $(VENV)/torch.stamp: constraints.txt
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) install -q "$(TORCH)"
 	@touch $@
+
+# An editable install finds edited kernels by itself, but new files only after a reinstall.
+$(VENV)/kernels.list: FORCE
+	@mkdir -p $(VENV)
+	@find kernels -name '*.py' | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(BUILD_INPUTS)
 	$(PIP) install -q -c constraints.txt -e '.[demo]'
