@@ -100,7 +100,7 @@ def _run_phase(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         on_step(len(losses) - 1, losses[-1])
 
 

@@ -157,7 +157,7 @@ def test_max_length_cuts_text_but_never_an_image(qwen: Any) -> None:
     full = ConversationCollator(qwen.processor)([long])["labels"].shape[1]
     cut = ConversationCollator(qwen.processor, max_length=full - 3)([long])
     assert cut["labels"].shape[1] == full - 3
-    with pytest.raises(ValueError, match="row 0.*would cut image tokens"):
+    with pytest.raises(ValueError, match=r"row 0.*would cut image tokens"):
         ConversationCollator(qwen.processor, max_length=4)([long])
 
 
