@@ -33,6 +33,17 @@ def scored(case: Case, out: LatentGeneration, trace: Any) -> Tensor:
     return steps.gather(-1, out.codes[..., None])[..., 0]
 
 
+def retold(case: Case, out: LatentGeneration, full: dict[str, Tensor]) -> Tensor:
+    """The most likely tokens [B, T] under the rollout's codes, from one uncached forward."""
+    codes = torch.full(full["input_ids"].shape, -1)
+    codes[:, out.prompt_length - 1 :] = out.codes
+    logits = case.model(full, codes).logits[:, out.prompt_length - 1 :]
+    # The rollout may say neither placeholders nor, here, the end.
+    banned = [*suppressed_token_ids(case.model.config), case.processor.tokenizer.eos_token_id]
+    logits[..., banned] = -torch.inf
+    return logits.argmax(-1)
+
+
 def test_cached_generation_equals_an_uncached_forward(case: Case) -> None:
     out = speak(case)
     assert out.codes.unique().numel() > 2
@@ -40,13 +51,7 @@ def test_cached_generation_equals_an_uncached_forward(case: Case) -> None:
     full = extend_inputs(case.inputs, out.completion_ids[:, :-1], out.completion_mask[:, :-1])
     trace = case.model.encode(full)
     torch.testing.assert_close(scored(case, out, trace), out.logprobs, rtol=0, atol=ATOL)
-    codes = torch.full(full["input_ids"].shape, -1)
-    codes[:, out.prompt_length - 1 :] = out.codes
-    logits = case.model(full, codes).logits[:, out.prompt_length - 1 :]
-    # The rollout may say neither placeholders nor, here, the end.
-    banned = [*suppressed_token_ids(case.model.config), case.processor.tokenizer.eos_token_id]
-    logits[..., banned] = -torch.inf
-    assert torch.equal(logits.argmax(-1), out.completion_ids)
+    assert torch.equal(retold(case, out, full), out.completion_ids)
 
 
 def test_trace_replays_the_rollout(case: Case) -> None:
@@ -115,6 +120,9 @@ def test_text_rows_and_image_rows_mix(case: Case) -> None:
     assert out.trace.text_only.tolist() == [False, True]
     # The projector is remembered across the steps: replay through state() gives the same.
     torch.testing.assert_close(scored(case, out, out.trace), out.logprobs, rtol=0, atol=ATOL)
+    # The merge reads the projected state too.
+    full = extend_inputs(mixed, out.completion_ids[:, :-1], out.completion_mask[:, :-1])
+    assert torch.equal(retold(case, out, full), out.completion_ids)
     for row, image in enumerate([tiny_image(), None]):
         alone = speak(case, render(case.processor, [texts[row]], [image]), seed=seeds[row, None])
         assert torch.equal(alone.codes[0], out.codes[row])

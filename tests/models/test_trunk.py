@@ -229,3 +229,15 @@ def test_quantize_learns_from_the_masked_rows_alone(qwen: Case) -> None:
     assert not first.vectors[~mask].any()
     assert first.mean_probs.sum().item() == pytest.approx(1.0)
     assert first.mean_probs.shape == (NUM_CODES,)
+
+
+def test_merge_keeps_its_codes_for_the_backward_pass(qwen: Case) -> None:
+    model = qwen.model.train()
+    head = torch.randn(20, model.latent.quantizer.feature_dim, requires_grad=True)
+    state = torch.randn(20, qwen.model.decoder.config.hidden_size)
+    quantized = model.quantize(head)
+    merged = model.merge(state, quantized.codes, code_vectors=quantized.vectors)
+    model.quantize(head.detach())  # the moving average changes the codes in place
+    merged.sum().backward()
+    assert head.grad is not None
+    assert head.grad.any()
