@@ -32,6 +32,7 @@ $(VENV)/torch.stamp: constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: $(PYTHON) is older than Python 3.11; set PYTHON=" >&2; exit 2; }
+	@echo "setting up $(VENV) with $(PYTHON): a few minutes, once"
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) install -q "$(TORCH)"
 	@touch $@
@@ -71,7 +72,7 @@ types: $(VENV)/dev.stamp
 unit: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu' $(PYTEST_ARGS)
 
-# One thousandth of a demo says nothing about learning; it says that every step runs and hands over.
+# A fiftieth of the demo's steps says nothing about learning; it says that every step runs and hands over.
 demo-test: $(VENV)/dev.stamp
 	rm -rf build/demo-test
 	$(BIN)/latent-rl demo --task both --scale 0.02 --out build/demo-test --no-resume
