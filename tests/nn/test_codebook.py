@@ -28,13 +28,13 @@ def plain(k: int, d: int, **settings: object) -> EmaCodebook:
 
 
 def test_moving_average_by_hand() -> None:
-    book = plain(2, 1, decay=0.5)
+    book = plain(2, 1, decay=0.75)
     book._set(torch.tensor([[0.0], [10.0]]), torch.tensor([2.0, 2.0]))
     quantizer = VectorQuantizer(book).train()
     quantizer(torch.tensor([[1.0], [3.0], [9.0]]), seed=0)
-    # counts: .5*2 + .5*(2, 1); sums: .5*(0, 20) + .5*(4, 9)
-    torch.testing.assert_close(book.ema_counts, torch.tensor([2.0, 1.5]))
-    torch.testing.assert_close(book.weight, torch.tensor([[2.0 / 2.0], [14.5 / 1.5]]))
+    # counts: .75*2 + .25*(2, 1); sums: .75*(0, 20) + .25*(4, 9)
+    torch.testing.assert_close(book.ema_counts, torch.tensor([2.0, 1.75]))
+    torch.testing.assert_close(book.weight, torch.tensor([[1.0 / 2.0], [17.25 / 1.75]]))
 
 
 def test_eval_mode_learns_nothing() -> None:
