@@ -82,6 +82,24 @@ def test_kmeans_with_fewer_rows_than_codes_gives_distinct_codes() -> None:
     assert book.weight.isfinite().all()
 
 
+def test_kmeans_moves_empty_clusters_to_rows_served_worst() -> None:
+    # Nearly every random start is the crowd's point, so all but one of its codes stay empty.
+    rare = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
+    book = EmaCodebook(4, 2)
+    book.observe(torch.cat([torch.zeros(200, 2), rare]))
+    found = {tuple(row) for row in book.weight.tolist()}
+    assert found == {(0.0, 0.0), *map(tuple, rare.tolist())}
+
+
+def test_a_revived_code_starts_with_an_even_share() -> None:
+    book = plain(2, 1, decay=0.5, dead_below=0.3)
+    book._set(torch.tensor([[0.0], [99.0]]), torch.tensor([10.0, 0.1]))
+    VectorQuantizer(book).train()(torch.linspace(-1, 1, 10)[:, None], seed=0)
+    torch.testing.assert_close(book.ema_counts, torch.tensor([10.0, 5.0]))
+    torch.testing.assert_close(book.ema_sums[1], 5.0 * book.weight[1])
+    assert book.weight[1].abs() <= 1
+
+
 def test_no_rows_waits_for_the_next_batch() -> None:
     book = EmaCodebook(4, 3)
     out = VectorQuantizer(book).train()(torch.zeros(0, 3), seed=0)
