@@ -75,6 +75,9 @@ def liger_why_not(model: LatentActionModel, embeddings: nn.Module, hidden: Tenso
     text_config = model.config.get_text_config()
     if getattr(text_config, "final_logit_softcapping", None):
         return "the backbone softcaps its logits"
+    # Cohere multiplies and Granite divides its logits; Liger's kernel would leave that out.
+    if any(getattr(text_config, name, 1) != 1 for name in ("logit_scale", "logits_scaling")):
+        return "the backbone scales its logits"
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     return None
