@@ -19,9 +19,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 
-# As F.normalize: codes and rows shorter than this count as having this length.
-_SHORTEST = 1e-12
-
 
 @dataclass(frozen=True)
 class Config:
@@ -105,7 +102,10 @@ def _nearest_code_screen_kernel(
         best = tl.maximum(best, top)
 
     reach = tl.load(reach_ptr + group)
-    bound = error_unit * (tl.sqrt(square) * reach + reach * reach)
+    length = tl.sqrt(square)
+    # Times error_unit, 2^-103 is what steps below the normal range may lose (README.md).
+    underflow = 9.8607613152626476e-32 * (1.0 + length + reach)
+    bound = error_unit * (length * reach + reach * reach + underflow)
     # NaN (from overflow) compares false, so the test is for certainty, not for doubt.
     certain = best - second > 2.0 * bound
     usable = (broken == 0) & (best > float("-inf"))
@@ -142,7 +142,6 @@ def _nearest_code_finish_kernel(
 ):
     group = tl.program_id(1).to(tl.int64)
     row = group * N + tl.program_id(0).to(tl.int64)
-    shortest: tl.constexpr = 1e-12
     code = tl.load(code_ptr + row)
 
     if tl.load(ambiguous_ptr + row) != 0:
@@ -166,7 +165,7 @@ def _nearest_code_finish_kernel(
             if METRIC == 0:
                 value = total
             elif METRIC == 1:
-                value = -total / tl.maximum(tl.sqrt(length), shortest)
+                value = tl.where(length > 0.0, -total / tl.sqrt(length), 0.0)
             else:
                 value = -total
             value = tl.where(offset < float("inf"), value, float("inf"))
@@ -191,8 +190,8 @@ def _nearest_code_finish_kernel(
     if METRIC == 0:
         distance = total
     elif METRIC == 1:
-        scale = tl.maximum(tl.sqrt(x_length), shortest) * tl.maximum(tl.sqrt(c_length), shortest)
-        distance = 1.0 - total / scale
+        scale = tl.sqrt(x_length) * tl.sqrt(c_length)
+        distance = 1.0 - tl.where(scale > 0.0, total / scale, 0.0)
     else:
         distance = -total
     distance = tl.where(code >= 0, distance, float("nan"))
@@ -268,7 +267,7 @@ def _prepare(codebook: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     clean = torch.where(usable[..., None], codebook, 0)
     lengths = clean.double().norm(dim=-1)
     if metric == "cosine":
-        wide = clean.double() / lengths.clamp(min=_SHORTEST)[..., None]
+        wide = clean.double() / lengths.clamp(min=torch.finfo(torch.float64).tiny)[..., None]
         # Scaled codes in the rows' own low precision would not be exact any more; the bound then
         # has to carry their rounding, which `reach` does below.
         clean = wide.to(codebook.dtype)

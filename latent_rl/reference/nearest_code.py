@@ -23,8 +23,10 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
         # The difference form: the expanded one cancels where a code lies close to its row.
         distance = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").square()
     elif metric == "cosine":
-        unit_rows = torch.nn.functional.normalize(rows, dim=-1)
-        unit_codes = torch.nn.functional.normalize(codes, dim=-1)
+        # A cosine does not depend on length, however short; only a zero vector has cosine 0.
+        smallest = torch.finfo(torch.float64).tiny
+        unit_rows = torch.nn.functional.normalize(rows, dim=-1, eps=smallest)
+        unit_codes = torch.nn.functional.normalize(codes, dim=-1, eps=smallest)
         distance = 1 - unit_rows @ unit_codes.transpose(1, 2)
     else:
         distance = -(rows @ codes.transpose(1, 2))

@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 
 METRICS = ("l2", "cosine", "dot")
+# Cosines are scale-free: only a zero vector is too short to have one, and it counts as 0.
+SMALLEST = torch.finfo(torch.float64).tiny
+# Products of such numbers leave float32 through its denormals: a float32 score decides nothing.
+TINY_SCALES = (1e-15, 1e-20, 1e-22, 1e-30)
 # (G, N, K, D): single codes, sizes around and off every block size, wide and narrow.
 SIZES = ((1, 1, 1, 1), (2, 5, 1, 3), (1, 70, 130, 65), (1, 33, 64, 64), (2, 9, 17, 200))
 
@@ -14,6 +18,13 @@ def random_search(size: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[
     generator = torch.Generator().manual_seed(sum(size))
     x = torch.randn(groups, n, width, generator=generator)
     codebook = torch.randn(groups, num_codes, width, generator=generator)
+    return x.to(dtype), codebook.to(dtype)
+
+
+def tiny_search(scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows [60, D] and codes [40, D] of a given small magnitude."""
+    generator = torch.Generator().manual_seed(1)
+    x, codebook = (scale * torch.randn(n, 24, generator=generator) for n in (60, 40))
     return x.to(dtype), codebook.to(dtype)
 
 
@@ -67,7 +78,7 @@ def oracle(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
                 elif metric == "dot":
                     value = -(row @ code)
                 else:
-                    value = -(row @ code) / code.norm().clamp(min=1e-12)
+                    value = -(row @ code) / code.norm().clamp(min=SMALLEST)
                 if value < best:
                     best, out[g, n] = value, k
     return out
@@ -79,7 +90,7 @@ def excess(x: Tensor, codebook: Tensor, codes: Tensor, metric: str) -> Tensor:
     if metric == "l2":
         distance = (wide[:, :, None] - table[:, None]).square().sum(-1)
     else:
-        length = table.norm(dim=-1).clamp(min=1e-12) if metric == "cosine" else torch.ones(1)
+        length = table.norm(dim=-1).clamp(min=SMALLEST) if metric == "cosine" else torch.ones(1)
         distance = -(wide @ table.transpose(1, 2)) / length[:, None]
     distance = distance.masked_fill(~codebook.isfinite().all(-1)[:, None], torch.inf)
     chosen = distance.gather(-1, codes.clamp(min=0)[..., None])[..., 0]

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_rl import ops
-from tests.ops.search_cases import METRICS, SIZES, excess, hostile_searches, oracle, random_search
+from tests.ops.search_cases import (
+    METRICS,
+    SIZES,
+    TINY_SCALES,
+    excess,
+    hostile_searches,
+    oracle,
+    random_search,
+    tiny_search,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,6 +54,15 @@ def test_hostile_rows_get_a_nearest_code(backend, name, dtype, metric) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", TINY_SCALES)
+def test_scores_below_float32_are_searched_exactly(backend, scale, dtype, metric) -> None:
+    x, codebook = tiny_search(scale, dtype)
+    codes = ops.nearest_code(x, codebook, metric)
+    assert torch.equal(codes, oracle(x[None], codebook[None], metric)[0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_distances_are_those_of_the_definition(backend, metric) -> None:
     x, codebook = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.0], [9.0, 9.0]])
     codes, distance = ops.nearest_code(x, codebook, metric, return_distance=True)
@@ -53,6 +71,9 @@ def test_distances_are_those_of_the_definition(backend, metric) -> None:
     assert distance.item() == pytest.approx(expected[1], rel=1e-6)
 
 
+# The interpreter took 214 s on two cores shared with other work, near the default limit.
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_triton_in_the_interpreter() -> None:
     """In a process of its own: the interpreter must be asked for before Triton is imported."""
     pytest.importorskip("triton")

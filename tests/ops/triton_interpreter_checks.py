@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from latent_rl import ops
-from tests.ops.search_cases import METRICS, SIZES, excess, hostile_searches, oracle, random_search
+from tests.ops.search_cases import (
+    METRICS,
+    SIZES,
+    TINY_SCALES,
+    excess,
+    hostile_searches,
+    oracle,
+    random_search,
+    tiny_search,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,6 +48,15 @@ def test_hostile_rows_get_a_nearest_code(name, dtype, metric) -> None:
 def test_scores_beyond_float32_are_searched_exactly() -> None:
     x, codebook = 1e30 * torch.randn(12, 16), 1e30 * torch.randn(9, 16)
     assert torch.equal(ops.nearest_code(x, codebook), oracle(x[None], codebook[None], "l2")[0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", TINY_SCALES[::2])
+def test_scores_below_float32_are_searched_exactly(scale, dtype, metric) -> None:
+    x, codebook = tiny_search(scale, dtype)
+    codes = ops.nearest_code(x, codebook, metric)
+    assert torch.equal(codes, oracle(x[None], codebook[None], metric)[0])
 
 
 def test_no_rows() -> None:
