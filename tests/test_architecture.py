@@ -17,6 +17,7 @@ LAYERS = (
     ("config", "demo"),
     ("train",),
     ("eval", "data", "rewards"),
+    ("decode",),
     ("models",),
     ("nn",),
     ("ops",),
@@ -27,6 +28,8 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Rewards and data are plain functions and rows; trainers and evaluation sit on both.
 BESIDE = {("eval", "data"), ("eval", "rewards"), ("rewards", "data"), ("config", "demo")}
+# Data and rewards know models as types alone, so that they work without one.
+TYPES_ONLY = {(room, target) for room in ("data", "rewards") for target in ("models", "decode")}
 MAX_LINES = 450
 
 
@@ -81,6 +84,8 @@ def test_imports_run_one_way(path) -> None:
         assert target in LEVEL, f"{path}:{line} imports unknown room {target}"
         down = LEVEL[target] > LEVEL[room] or (room, target) in BESIDE
         assert down, f"{path}:{line}: {room} must not import {target}"
+        allowed = (room, target) not in TYPES_ONLY
+        assert allowed, f"{path}:{line}: {room} may import {target} for types only"
 
 
 def test_every_room_has_a_layer() -> None:
