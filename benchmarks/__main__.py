@@ -28,6 +28,7 @@ def run(
     rounds: Annotated[int, typer.Option(min=5)] = 50,
     budget_s: Annotated[float, typer.Option(help="seconds a row may take")] = 20.0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    label: Annotated[str, typer.Option(help="name of the machine, for the record")] = "",
 ) -> None:
     """Measure ops against their peers."""
     try:
@@ -39,6 +40,7 @@ def run(
             rounds=rounds,
             budget_s=budget_s,
             output=output,
+            label=label,
         )
     except ValueError as error:
         typer.echo(str(error), err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Machine:
     device: str
     cores: int
+    load_1min: float
     threads: int
     driver: str
     python: str
@@ -66,14 +68,14 @@ def commit() -> str:
     return f"{name}-dirty" if output_of("git", "status", "--porcelain", "-uno") else name
 
 
-def describe(device: torch.device) -> Machine:
-    import os
-
+def describe(device: torch.device, label: str = "") -> Machine:
+    """What is measured on; ``label`` replaces a device name that says too little."""
     on_gpu = device.type == "cuda"
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return Machine(
-        device=torch.cuda.get_device_name(device) if on_gpu else f"{cpu_name()} CPU",
+        device=label or (torch.cuda.get_device_name(device) if on_gpu else f"{cpu_name()} CPU"),
         cores=os.cpu_count() or 0,
+        load_1min=os.getloadavg()[0],
         threads=torch.get_num_threads(),
         driver=driver if on_gpu else "",
         python=platform.python_version(),

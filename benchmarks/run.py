@@ -106,6 +106,7 @@ def run(
     rounds: int,
     budget_s: float,
     output: Path | None,
+    label: str = "",
 ) -> Path:
     """Measure the named ops (all by default) and return the path of the JSON written.
 
@@ -122,7 +123,7 @@ def run(
     if set(peers or ()) - all_peers:
         raise ValueError(f"peers: unknown {sorted(set(peers or ()) - all_peers)}")
     device = torch.device(device_name)
-    machine = describe(device)
+    machine = describe(device, label)
     rows = [
         measure(entry, shape, device, DTYPES[dtype_name], peers, rounds=rounds, budget_s=budget_s)
         for name, entry in sorted(known.items())
@@ -130,7 +131,8 @@ def run(
         for shape in entry.shapes
     ]
     Console().print(table_of(rows, machine))
-    path = output or RESULTS / f"{machine.slug}-{machine.threads}t-{dtype_name}.json"
+    name = f"{machine.slug}-{machine.threads}t-{dtype_name}-{machine.commit}.json"
+    path = output or RESULTS / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine.as_dict(), "rows": rows}, indent=1) + "\n")
     return path
