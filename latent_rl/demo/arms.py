@@ -33,7 +33,7 @@ class Budget:
     batch: int = 64
     generations: int = 8
     beta: float = 0.01
-    latent_rate: float = 1e-3
+    latent_rate: float = 3e-4
     token_rate: float = 1e-4
 
     @property
@@ -60,7 +60,7 @@ def _arguments(budget: Budget, out: Path, algorithm: str, seed: int, rate: float
         "num_generations": budget.generations,
         "max_completion_length": MAX_NEW_TOKENS,
         "learning_rate": rate,
-        "lr_scheduler_type": "constant_with_warmup",
+        "lr_scheduler_type": "linear",
         "warmup_steps": 5,
         "loss_type": algorithm,
         "beta": budget.beta,

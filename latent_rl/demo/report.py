@@ -155,9 +155,11 @@ def _draw_rewards(axes: Axes, arms: Sequence[ArmResult]) -> None:
                      label=arm.arm if place == 0 else None)  # fmt: skip
             _whisker(axes, x, interval)
     axes.set_xticks([0, 1], ["in distribution", "out of distribution"])
-    axes.set(title="reward after training (T = 1)", ylim=(0, 1))
+    # Room for the legend above the tallest bar.
+    axes.set(title="reward after training (T = 1)", ylim=(0, 1.25))
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small", ncols=2, loc="upper right")
+    axes.legend(fontsize="small", ncols=4, loc="upper center", columnspacing=0.8)
 
 
 def _whisker(axes: Axes, x: float, interval: Interval) -> None:
