@@ -34,7 +34,7 @@ class Budget:
     generations: int = 8
     beta: float = 0.01
     latent_rate: float = 3e-4
-    token_rate: float = 1e-4
+    token_rate: float = 2e-4
 
     @property
     def rollouts(self) -> int:
