@@ -18,7 +18,7 @@ from latent_rl.demo.tasks import TaskRewards
 from latent_rl.models import LatentActionModel
 from latent_rl.train import LatentGRPOConfig, LatentGRPOTrainer
 
-__all__ = ["ArmRun", "Budget", "run_latent_arm", "run_token_arm"]
+__all__ = ["ArmJob", "ArmRun", "Budget", "run_latent_arm", "run_token_arm"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,30 @@ class ArmRun:
     update_seconds: float
 
 
-def _arguments(budget: Budget, out: Path, algorithm: str, seed: int, rate: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ArmJob:
+    """What an arm is given beside its model; the same for both.
+
+    Attributes:
+        processor: the model's. rewards, rows: of the task.
+        algorithm: "grpo", "dr_grpo", "dapo" or "bnpo". out: for checkpoints.
+    """
+
+    processor: Any
+    rewards: TaskRewards
+    rows: Sequence[Any]
+    budget: Budget
+    algorithm: str
+    seed: int
+    out: Path
+    progress: StepProgress
+
+
+def _arguments(job: ArmJob, rate: float) -> dict[str, Any]:
     """What the two trainers' settings have in common: TRL's names, the same values."""
+    budget = job.budget
     return {
-        "output_dir": str(out),
+        "output_dir": str(job.out),
         "max_steps": budget.steps,
         "per_device_train_batch_size": budget.batch,
         "num_generations": budget.generations,
@@ -62,14 +82,15 @@ def _arguments(budget: Budget, out: Path, algorithm: str, seed: int, rate: float
         "learning_rate": rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": 5,
-        "loss_type": algorithm,
+        "loss_type": job.algorithm,
         "beta": budget.beta,
         "temperature": 1.0,
-        "seed": seed,
+        "seed": job.seed,
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": max(1, budget.steps // 3),
         "save_total_limit": 1,
+        "reward_weights": list(job.rewards.weights),
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
@@ -92,48 +113,22 @@ def plain_prompts(rows: Sequence[Any]) -> list[dict[str, Any]]:
     return plain
 
 
-def run_latent_arm(
-    model: LatentActionModel,
-    processor: Any,
-    rewards: TaskRewards,
-    rows: Sequence[Any],
-    budget: Budget,
-    *,
-    algorithm: str,
-    seed: int,
-    out: Path,
-    progress: StepProgress,
-) -> ArmRun:
+def run_latent_arm(model: LatentActionModel, job: ArmJob) -> ArmRun:
     """Tune the latent policy in place."""
-    config = LatentGRPOConfig(
-        **_arguments(budget, out, algorithm, seed, budget.latent_rate),
-        reward_weights=list(rewards.weights),
-    )
     trainer = LatentGRPOTrainer(
         model,
-        list(rewards.functions),
-        config,
-        plain_prompts(rows),
-        processing_class=processor,
-        callbacks=[TrainerProgress(progress)],
+        list(job.rewards.functions),
+        LatentGRPOConfig(**_arguments(job, job.budget.latent_rate)),
+        plain_prompts(job.rows),
+        processing_class=job.processor,
+        callbacks=[TrainerProgress(job.progress)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=True)
     return _arm_run(trainer.state.log_history)
 
 
-def run_token_arm(
-    model: Any,
-    processor: Any,
-    rewards: TaskRewards,
-    rows: Sequence[Any],
-    budget: Budget,
-    *,
-    algorithm: str,
-    seed: int,
-    out: Path,
-    progress: StepProgress,
-) -> ArmRun:
+def run_token_arm(model: Any, job: ArmJob) -> ArmRun:
     """Tune the whole model in place with TRL's own trainer."""
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
@@ -166,25 +161,21 @@ def run_token_arm(
     data = Dataset.from_list(
         [
             {**row, "images": [load_image(path) for path in row["images"]]}
-            for row in plain_prompts(rows)
+            for row in plain_prompts(job.rows)
         ]
-    )
-    config = GRPOConfig(
-        **_arguments(budget, out, algorithm, seed, budget.token_rate),
-        bf16=False,
-        reward_weights=list(rewards.weights),
     )
     trainer = TimedTrainer(
         model,
-        list(rewards.functions),
-        args=config,
+        list(job.rewards.functions),
+        args=GRPOConfig(**_arguments(job, job.budget.token_rate), bf16=False),
         train_dataset=data,
-        processing_class=processor,
-        callbacks=[TrainerProgress(progress)],
+        processing_class=job.processor,
+        callbacks=[TrainerProgress(job.progress)],
     )
     trainer.remove_callback(PrinterCallback)
     last_checkpoint: Any = get_last_checkpoint
-    trainer.train(resume_from_checkpoint=last_checkpoint(str(out)) if out.is_dir() else None)
+    resume = last_checkpoint(str(job.out)) if job.out.is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
     return _arm_run(trainer.state.log_history)
 
 

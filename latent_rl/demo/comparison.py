@@ -14,7 +14,7 @@ import transformers
 from latent_rl import __version__
 from latent_rl.data import ConversationCollator
 from latent_rl.demo import report
-from latent_rl.demo.arms import ArmRun, Budget, run_latent_arm, run_token_arm
+from latent_rl.demo.arms import ArmJob, Budget, run_latent_arm, run_token_arm
 from latent_rl.demo.evaluate import EVALUATION_SEEDS, PARTS, Splits, evaluate_arm
 from latent_rl.demo.progress import StepProgress
 from latent_rl.demo.result import ArmResult, DemoResult, WorldModelNumbers, result_from_json
@@ -38,8 +38,18 @@ def _budget(workspace: Workspace) -> Budget:
     return Budget(steps=workspace.settings.steps(60), batch=batch)
 
 
-def _record(run: ArmRun) -> dict[str, Any]:
-    return dataclasses.asdict(run)
+def _job(workspace: Workspace, name: str, arm: str, progress: StepProgress) -> ArmJob:
+    task = TASKS[name]
+    return ArmJob(
+        processor=load_processor(workspace.path("base")),
+        rewards=task.rewards(),
+        rows=task.prompts(workspace.path("data"), "rl"),
+        budget=_budget(workspace),
+        algorithm=workspace.settings.algorithm,
+        seed=workspace.settings.seed,
+        out=workspace.path("rl", f"{arm}-{name}"),
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class LatentArmStep:
     """RL of the latent policy on one task, from the cloned policy."""
 
     task: str
-    weight: float = 45
+    weight: float = 20
 
     @property
     def name(self) -> str:
@@ -57,20 +67,9 @@ class LatentArmStep:
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`latent_rl.demo.steps.Step`."""
         model = _latent_model(workspace, _CLONED)
-        task = TASKS[self.task]
-        run = run_latent_arm(
-            model,
-            load_processor(workspace.path("base")),
-            task.rewards(),
-            task.prompts(workspace.path("data"), "rl"),
-            _budget(workspace),
-            algorithm=workspace.settings.algorithm,
-            seed=workspace.settings.seed,
-            out=workspace.path("rl", f"latent-{self.task}"),
-            progress=progress,
-        )
+        run = run_latent_arm(model, _job(workspace, self.task, "latent", progress))
         model.save_pretrained(workspace.path("latent", self.task))
-        return _record(run)
+        return dataclasses.asdict(run)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class TokenArmStep:
     """Token-level RL of the base model on one task, with TRL's GRPOTrainer."""
 
     task: str
-    weight: float = 60
+    weight: float = 32
 
     @property
     def name(self) -> str:
@@ -88,20 +87,9 @@ class TokenArmStep:
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`latent_rl.demo.steps.Step`."""
         model = load_model(workspace.path("base"))
-        task = TASKS[self.task]
-        run = run_token_arm(
-            model,
-            load_processor(workspace.path("base")),
-            task.rewards(),
-            task.prompts(workspace.path("data"), "rl"),
-            _budget(workspace),
-            algorithm=workspace.settings.algorithm,
-            seed=workspace.settings.seed,
-            out=workspace.path("rl", f"token-{self.task}"),
-            progress=progress,
-        )
+        run = run_token_arm(model, _job(workspace, self.task, "token", progress))
         model.save_pretrained(workspace.path("token", self.task))
-        return _record(run)
+        return dataclasses.asdict(run)
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,7 @@ class EvaluationStep:
     """Measure every arm on held-out pictures, with known and with held-out personas."""
 
     name: str = "evaluation"
-    weight: float = 60
+    weight: float = 26
 
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`latent_rl.demo.steps.Step`."""
@@ -227,7 +215,7 @@ class ReportStep:
     """Write the results, the picture and the report; the table is printed by the caller."""
 
     name: str = "report"
-    weight: float = 4
+    weight: float = 2
 
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`latent_rl.demo.steps.Step`."""

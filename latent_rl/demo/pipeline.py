@@ -41,10 +41,10 @@ def steps_of(settings: DemoSettings) -> list[Step]:
         CorporaStep(),
         PretrainStep(),
         FeatureStep(),
-        LatentStageStep(inverse, 200, 25, start_from=None, with_text=False),
-        LatentStageStep(projector, 80, 5, start_from=inverse.name, with_text=False),
-        LatentStageStep(joint, 120, 25, start_from=projector.name, with_text=True),
-        LatentStageStep(cloning, 300, 35, start_from=joint.name, with_text=True),
+        LatentStageStep(inverse, 200, 9, start_from=None, with_text=False),
+        LatentStageStep(projector, 80, 2, start_from=inverse.name, with_text=False),
+        LatentStageStep(joint, 120, 7, start_from=projector.name, with_text=True),
+        LatentStageStep(cloning, 300, 22, start_from=joint.name, with_text=True),
     ]
     for task in settings.tasks:
         steps += [LatentArmStep(task), TokenArmStep(task)]

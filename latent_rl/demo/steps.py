@@ -61,7 +61,7 @@ class CorporaStep:
     """Write scans, captions, exchanges and the tasks' dialogues in the benchmarks' formats."""
 
     name: str = "corpora"
-    weight: float = 4
+    weight: float = 1
 
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`Step`."""
@@ -88,7 +88,7 @@ class PretrainStep:
     """
 
     name: str = "base model"
-    weight: float = 150
+    weight: float = 103
 
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`Step`."""
@@ -127,7 +127,7 @@ class FeatureStep:
     """Run the frozen trunk once over everything the latent stages see."""
 
     name: str = "features"
-    weight: float = 30
+    weight: float = 8
     rows: int = 1600
 
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
