@@ -16,6 +16,8 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(NATIVE) $(VENV)/kernels.list
 
+EMULATOR := $(shell find tests/emulator -name "*.cpp" -o -name "*.h" -o -name "*.cu")
+
 .PHONY: FORCE help setup demo test check-style types lint unit demo-test gpu-test bench clean
 
 help:
@@ -64,7 +66,7 @@ lint: check-style types
 check-style: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR)
 
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy

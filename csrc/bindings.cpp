@@ -8,20 +8,18 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
+#include "arguments.h"
 #include "float_mode.h"
 #include "nvtx_range.h"
 #include "ops.h"
 #ifdef LATENT_RL_HAS_CUDA
-#include "sample_codes/cuda_impl.h"
+#include "cuda/bindings.h"
 #endif
 
 namespace py = pybind11;
 
 namespace latent_rl {
 namespace {
-
-using Address = uintptr_t;
 
 // Runs an op without the GIL, in the default floating-point mode, inside an NVTX range.
 template <typename Args>
@@ -31,25 +29,6 @@ void run(const char* name, void (*OpTable::*op)(const Args&, int), const Args& a
   const NvtxRange range(name);
   const DefaultFloatMode mode;
   (op_table().*op)(args, threads);
-}
-
-// Pointers to elements of `dtype`, and to int64 ids.
-template <typename T = void>
-T* data(const char* op, const char* name, Address address, int64_t count, DType dtype) {
-  return check_pointer<T>(op, name, address, count, element_bytes(dtype));
-}
-int64_t* ids(const char* op, const char* name, Address address, int64_t count) {
-  return check_pointer<int64_t>(op, name, address, count, 8);
-}
-void* optional_data(const char* op, const char* name, Address address, int64_t count, DType dtype) {
-  return address == 0 ? nullptr : data(op, name, address, count, dtype);
-}
-
-void check_rows(const char* op, int64_t rows, int64_t num_codes) {
-  check_size(op, "rows", rows, 0);
-  check_size(op, "num_codes", num_codes, 1);
-  if (num_codes > INT32_MAX)
-    throw std::invalid_argument(std::string(op) + ": num_codes is too large");
 }
 
 void nearest_code(int dtype_code, int metric, Address x, Address codebook, Address codes,
@@ -202,36 +181,6 @@ void merge_backward(int dtype_code, Address d_activation, Address pre_gate, Addr
       threads);
 }
 
-SampleArgs sample_args(const char* op, int dtype_code, Address logits, Address seeds,
-                       Address offsets, double temperature, int64_t top_k, double top_p,
-                       double min_p, Address codes, Address logprob, Address logprob_full,
-                       Address entropy, int64_t rows, int64_t num_codes, int64_t row_stride) {
-  const DType dtype = check_dtype(op, "logits", dtype_code);
-  const DType acc = accumulation(dtype);
-  check_rows(op, rows, num_codes);
-  check_size(op, "top_k", top_k, 0);
-  check_stride(op, "logits", row_stride, num_codes);
-  if (!(temperature >= 0.0)) {
-    throw std::invalid_argument(std::string(op) + ": temperature must not be negative, got " +
-                                std::to_string(temperature));
-  }
-  return SampleArgs{dtype,
-                    data(op, "logits", logits, rows * num_codes, dtype),
-                    ids(op, "seeds", seeds, rows),
-                    ids(op, "offsets", offsets, rows),
-                    temperature,
-                    top_p,
-                    min_p,
-                    top_k,
-                    ids(op, "codes", codes, rows),
-                    data(op, "logprob", logprob, rows, acc),
-                    data(op, "logprob_full", logprob_full, rows, acc),
-                    data(op, "entropy", entropy, rows, acc),
-                    rows,
-                    num_codes,
-                    row_stride};
-}
-
 void sample_codes(int dtype_code, Address logits, Address seeds, Address offsets,
                   double temperature, int64_t top_k, double top_p, double min_p, Address codes,
                   Address logprob, Address logprob_full, Address entropy, int64_t rows,
@@ -241,21 +190,6 @@ void sample_codes(int dtype_code, Address logits, Address seeds, Address offsets
                   min_p, codes, logprob, logprob_full, entropy, rows, num_codes, row_stride),
       threads);
 }
-
-#ifdef LATENT_RL_HAS_CUDA
-void sample_codes_cuda(int dtype_code, Address logits, Address seeds, Address offsets,
-                       double temperature, int64_t top_k, double top_p, double min_p, Address codes,
-                       Address logprob, Address logprob_full, Address entropy, int64_t rows,
-                       int64_t num_codes, int64_t row_stride, Address stream) {
-  const char* op = "sample_codes_cuda";
-  const SampleArgs args =
-      sample_args(op, dtype_code, logits, seeds, offsets, temperature, top_k, top_p, min_p, codes,
-                  logprob, logprob_full, entropy, rows, num_codes, row_stride);
-  const py::gil_scoped_release release;
-  const NvtxRange range(op);
-  cuda::sample_codes(args, reinterpret_cast<void*>(stream));
-}
-#endif
 
 void logprobs_forward(int dtype_code, Address logits, Address ref_logits, Address codes,
                       Address logprob, Address entropy, Address kl, int64_t rows, int64_t num_codes,
@@ -340,7 +274,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("merge_backward", &merge_backward);
   m.def("sample_codes", &sample_codes);
 #ifdef LATENT_RL_HAS_CUDA
-  m.def("sample_codes_cuda", &sample_codes_cuda);
+  bind_sample_codes_cuda(m);
 #endif
   m.def("logprobs_forward", &logprobs_forward);
   m.def("logprobs_backward", &logprobs_backward);

@@ -7,10 +7,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "common/block.cuh"
+#include "common/launch.h"
 #include "common/philox.h"
 #include "sample_codes/cuda_impl.h"
 
@@ -219,7 +221,7 @@ __device__ void write_row(const SampleArgs& args, int64_t at, int64_t code, doub
 
 template <typename T, typename Acc>
 __global__ void __launch_bounds__(kThreads) _sample_codes_kernel(SampleArgs args) {
-  extern __shared__ double row[];
+  double* row = dynamic_shared<double>();
   __shared__ Shared shared;
   const int num_codes = static_cast<int>(args.num_codes);
   for (int64_t at = blockIdx.x; at < args.rows; at += gridDim.x) {
@@ -271,23 +273,10 @@ __global__ void __launch_bounds__(kThreads) _sample_codes_kernel(SampleArgs args
   }
 }
 
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("sample_codes_cuda: ") + what +
-                           " failed: " + cudaGetErrorString(status));
-}
-
 template <typename T, typename Acc>
-void launch(const SampleArgs& args, cudaStream_t stream) {
-  const size_t bytes = sizeof(double) * static_cast<size_t>(args.num_codes);
-  // More than the default 48 KB must be asked for.
-  check(cudaFuncSetAttribute(_sample_codes_kernel<T, Acc>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "cudaFuncSetAttribute");
-  const int64_t most_blocks = 1 << 20;
-  const int64_t blocks = args.rows < most_blocks ? args.rows : most_blocks;
-  _sample_codes_kernel<T, Acc><<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(args);
-  check(cudaGetLastError(), "the launch");
+void launch_rows(const SampleArgs& args, cudaStream_t stream) {
+  launch("sample_codes_cuda", _sample_codes_kernel<T, Acc>, blocks_for(args.rows), kThreads,
+         sizeof(double) * static_cast<size_t>(args.num_codes), stream, args);
 }
 
 }  // namespace
@@ -302,16 +291,16 @@ void sample_codes(const SampleArgs& args, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   switch (args.dtype) {
     case DType::kFloat32:
-      launch<float, float>(args, on);
+      launch_rows<float, float>(args, on);
       break;
     case DType::kFloat64:
-      launch<double, double>(args, on);
+      launch_rows<double, double>(args, on);
       break;
     case DType::kBFloat16:
-      launch<__nv_bfloat16, float>(args, on);
+      launch_rows<__nv_bfloat16, float>(args, on);
       break;
     case DType::kFloat16:
-      launch<__half, float>(args, on);
+      launch_rows<__half, float>(args, on);
       break;
   }
 }

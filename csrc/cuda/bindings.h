@@ -1,0 +1,10 @@
+// The Python face of each op's CUDA kernels; addresses are device pointers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace latent_rl {
+
+void bind_sample_codes_cuda(pybind11::module_& m);
+
+}  // namespace latent_rl

@@ -1,0 +1,126 @@
+"""Runs an op's CUDA row on CPU tensors: the same Python and bindings, emulated kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latent_rl import backends
+
+from .build import COMPILER, load_op
+
+# Threads and blocks take turns in these orders; the results must not show which.
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 12345)}
+CANARY_BYTES = 256
+CANARY, GARBAGE = 0xA5, 0xFF
+
+
+class GuardedMemory:
+    """torch.empty whose memory is garbage (NaN as a float) and stands between canaries."""
+
+    def __init__(self) -> None:
+        self._raw: list[tuple[Tensor, int]] = []
+
+    def empty(
+        self, *shape: Any, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        dtype = dtype or torch.get_default_dtype()
+        count = torch.Size(sizes).numel() * dtype.itemsize
+        raw = torch.full((count + 2 * CANARY_BYTES,), CANARY, dtype=torch.uint8)
+        inside = raw[CANARY_BYTES : CANARY_BYTES + count]
+        inside.fill_(GARBAGE)
+        self._raw.append((raw, count))
+        return inside.view(dtype).view(sizes)
+
+    def empty_like(self, other: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        return self.empty(other.shape, dtype=dtype or other.dtype)
+
+    def check(self) -> None:
+        for raw, count in self._raw:
+            outside = torch.cat([raw[:CANARY_BYTES], raw[CANARY_BYTES + count :]])
+            assert (outside == CANARY).all(), "a kernel wrote outside its output or workspace"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """``emulated(op, *modules)`` puts the emulated kernels under the op's CUDA row.
+
+    ``modules`` are the modules that call ``_C`` for it, by default ``latent_rl.native.<op>``. After
+    that the public op and the ``*_cuda`` functions take CPU tensors.
+    """
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no {COMPILER} on this machine")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+
+    def put(op: str, *modules: str) -> ModuleType:
+        module = load_op(op)
+        for name in modules or (f"latent_rl.native.{op}",):
+            monkeypatch.setattr(importlib.import_module(name), "_C", module)
+        row = next(row for row in backends._TABLE[op] if row.name == "cuda")
+        served = (replace(row, why_not=lambda request: None),)
+        monkeypatch.setitem(backends._TABLE, op, served)
+        backends._resolve.cache_clear()
+        return module
+
+    return put
+
+
+@pytest.fixture(autouse=True)
+def _forget_resolved_rows() -> Iterator[None]:
+    yield
+    backends._resolve.cache_clear()
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
+
+
+@pytest.fixture
+def in_every_order(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``in_every_order(module, call)`` -> what ``call`` returns, the same bits in every order.
+
+    Outputs and workspaces come as garbage, and nothing may be written beside them.
+    """
+
+    def run(module: ModuleType, call: Callable[[], Any]) -> Any:
+        results = []
+        for order in ORDERS.values():
+            module.set_order(*order)
+            memory = GuardedMemory()
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", memory.empty)
+                patch.setattr(torch, "empty_like", memory.empty_like)
+                results.append(call())
+            memory.check()
+        for name, result in zip(ORDERS, results, strict=True):
+            for first, other in zip(_tensors(results[0]), _tensors(result), strict=True):
+                assert same_bits(first, other), f"the threads' order ({name}) shows in the result"
+        return results[0]
+
+    return run
