@@ -196,3 +196,30 @@ def logprobs_backward(
     threads: int,
     /,
 ) -> None: ...
+def group_rows_workspace(rows: int, num_codes: int, /) -> int: ...
+def segment_sum_workspace(rows: int, dim: int, /) -> int: ...
+def group_rows_cuda(
+    codes: int,
+    placed: int,
+    first: int,
+    counts: int,
+    workspace: int,
+    rows: int,
+    num_codes: int,
+    stream: int,
+    /,
+) -> None: ...
+def segment_sum_cuda(
+    dtype: int,
+    values: int,
+    placed: int,
+    first: int,
+    sums: int,
+    partials: int,
+    rows: int,
+    num_codes: int,
+    dim: int,
+    row_stride: int,
+    stream: int,
+    /,
+) -> None: ...

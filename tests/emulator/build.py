@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import subprocess
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -58,10 +59,21 @@ def _compile(arguments: list[str]) -> None:
         raise RuntimeError(f"{COMPILER} {' '.join(arguments)}\n{done.stderr}")
 
 
-def build(name: str, kernels: list[Path], bindings: Path) -> Path:
-    """Path of module ``emulated_<name>``; ``bindings`` defines ``latent_rl::bind_<name>_cuda``."""
+@dataclass(frozen=True)
+class Part:
+    """A CUDA source and its bindings, which define ``latent_rl::bind_<name>_cuda``."""
+
+    name: str
+    kernel: Path
+    bindings: Path
+
+
+def build(name: str, parts: tuple[Part, ...]) -> Path:
+    """Path of module ``emulated_<name>`` with the bindings of every part."""
     module = f"emulated_{name}"
-    folder = CACHE / f"{name}-{_fingerprint([*kernels, bindings])}"
+    kernels = [part.kernel for part in parts]
+    bindings = [part.bindings for part in parts]
+    folder = CACHE / f"{name}-{_fingerprint(kernels + bindings)}"
     target = folder / f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -71,27 +83,23 @@ def build(name: str, kernels: list[Path], bindings: Path) -> Path:
             return target
         includes = [f"-I{path}" for path in INCLUDES]
         library = folder / f"lib{module}_kernels.so"
-        runtime = str(HERE / "runtime.cpp")
-        _compile(
-            [*KERNELS, *includes, "-x", "c++", runtime, *map(str, kernels), "-o", str(library)]
-        )
+        sources = [str(path) for path in (HERE / "runtime.cpp", *kernels)]
+        _compile([*KERNELS, *includes, "-x", "c++", *sources, "-o", str(library)])
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        names = [
-            f"-DLATENT_RL_EMULATED_NAME={module}",
-            f"-DLATENT_RL_EMULATED_BIND=bind_{name}_cuda",
-        ]
+        binds = "".join(f"BIND({part.name})" for part in parts)
+        names = [f"-DLATENT_RL_EMULATED_NAME={module}", f"-DLATENT_RL_EMULATED_PARTS={binds}"]
         link = [f"-L{folder}", f"-l{library.stem.removeprefix('lib')}", "-Wl,-rpath,$ORIGIN"]
         partial = target.with_suffix(".partial")
-        sources = [str(HERE / "module.cpp"), str(bindings)]
+        sources = [str(path) for path in (HERE / "module.cpp", *bindings)]
         _compile([*BINDINGS, *includes, *python, *names, *sources, "-o", str(partial), *link])
         partial.rename(target)
     return target
 
 
 @functools.cache
-def load(name: str, kernels: tuple[Path, ...], bindings: Path) -> ModuleType:
+def load(name: str, parts: tuple[Part, ...]) -> ModuleType:
     """The module, built where it must be."""
-    path = build(name, list(kernels), bindings)
+    path = build(name, parts)
     spec = importlib.util.spec_from_file_location(f"emulated_{name}", path)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"no module can be loaded from {path}")
@@ -100,7 +108,10 @@ def load(name: str, kernels: tuple[Path, ...], bindings: Path) -> ModuleType:
     return module
 
 
-def load_op(op: str) -> ModuleType:
-    """The CUDA bindings of an op of the project, on the emulator."""
-    kernels = (ROOT / "kernels" / op / "cuda_impl.cu",)
-    return load(op, kernels, ROOT / "csrc" / "cuda" / f"{op}.cpp")
+def load_rooms(*rooms: str) -> ModuleType:
+    """The CUDA bindings of rooms of ``kernels/``, on the emulator."""
+    parts = tuple(
+        Part(room, ROOT / "kernels" / room / "cuda_impl.cu", ROOT / "csrc" / "cuda" / f"{room}.cpp")
+        for room in rooms
+    )
+    return load("_".join(rooms), parts)

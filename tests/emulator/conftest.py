@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latent_rl import backends
 
-from .build import COMPILER, load_op
+from .build import COMPILER, load_rooms
 
 # Threads and blocks take turns in these orders; the results must not show which.
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 12345)}
@@ -58,10 +58,11 @@ def seeded() -> None:
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """``emulated(op, *modules)`` puts the emulated kernels under the op's CUDA row.
+    """``emulated(op)`` puts the emulated kernels under the op's CUDA row and returns their module.
 
-    ``modules`` are the modules that call ``_C`` for it, by default ``latent_rl.native.<op>``. After
-    that the public op and the ``*_cuda`` functions take CPU tensors.
+    After that the public op and the ``*_cuda`` functions take CPU tensors. ``rooms`` are the other
+    rooms of ``kernels/`` whose kernels the row runs; ``modules`` those of ``latent_rl.native`` that
+    call ``_C`` for it.
     """
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no {COMPILER} on this machine")
@@ -69,14 +70,15 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
 
-    def put(op: str, *modules: str) -> ModuleType:
-        module = load_op(op)
-        for name in modules or (f"latent_rl.native.{op}",):
-            monkeypatch.setattr(importlib.import_module(name), "_C", module)
-        row = next(row for row in backends._TABLE[op] if row.name == "cuda")
-        served = (replace(row, why_not=lambda request: None),)
-        monkeypatch.setitem(backends._TABLE, op, served)
-        backends._resolve.cache_clear()
+    def put(op: str, *, rooms: tuple[str, ...] = (), modules: tuple[str, ...] = ()) -> ModuleType:
+        module = load_rooms(op, *rooms)
+        for name in modules or (op,):
+            monkeypatch.setattr(importlib.import_module(f"latent_rl.native.{name}"), "_C", module)
+        if op in backends.OPS:
+            row = next(row for row in backends._TABLE[op] if row.name == "cuda")
+            served = (replace(row, why_not=lambda request: None),)
+            monkeypatch.setitem(backends._TABLE, op, served)
+            backends._resolve.cache_clear()
         return module
 
     return put

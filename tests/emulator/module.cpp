@@ -1,12 +1,14 @@
-// A module with the CUDA bindings of one op, running on the emulator.
+// A module with the CUDA bindings of some rooms of kernels/, running on the emulator.
 #include <pybind11/pybind11.h>
 
 #include "checks.h"
 #include "runtime.h"
 
 namespace latent_rl {
-void LATENT_RL_EMULATED_BIND(pybind11::module_& m);
-}
+#define BIND(part) void bind_##part##_cuda(pybind11::module_& m);
+LATENT_RL_EMULATED_PARTS
+#undef BIND
+}  // namespace latent_rl
 
 PYBIND11_MODULE(LATENT_RL_EMULATED_NAME, m) {
   pybind11::register_exception_translator([](std::exception_ptr error) {
@@ -20,5 +22,7 @@ PYBIND11_MODULE(LATENT_RL_EMULATED_NAME, m) {
   m.def("set_order", [](int order, unsigned seed) {
     emulator::set_order(static_cast<emulator::Order>(order), seed);
   });
-  latent_rl::LATENT_RL_EMULATED_BIND(m);
+#define BIND(part) latent_rl::bind_##part##_cuda(m);
+  LATENT_RL_EMULATED_PARTS
+#undef BIND
 }

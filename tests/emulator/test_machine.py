@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from .build import COMPILER, HERE, load
+from .build import COMPILER, HERE, Part, load
 
 
 @pytest.fixture(scope="module")
 def probes() -> ModuleType:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no {COMPILER} on this machine")
-    return load("probes", (HERE / "probes.cu",), HERE / "probes.cpp")
+    return load("probes", (Part("probes", HERE / "probes.cu", HERE / "probes.cpp"),))
 
 
 def run(probes: ModuleType, name: str) -> Tensor:

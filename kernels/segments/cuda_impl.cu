@@ -1,0 +1,219 @@
+// group_rows: a stable counting sort of rows by code. segment_sum: the sums of each code's rows.
+//
+// Integer atomics alone, whose result does not depend on their order.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/block.cuh"
+#include "common/launch.h"
+#include "common/segments.cuh"
+#include "segments/cuda_impl.h"
+
+namespace latent_rl {
+namespace cuda {
+namespace {
+
+constexpr int kCountThreads = 256;
+constexpr int kScanThreads = 1024;
+// Counters of more codes than this are kept in global memory.
+constexpr int64_t kSharedCodes = 8192;
+constexpr int64_t kMostChunks = 256;
+
+// Rows a block sorts: as many as codes at the least, so that the counts are no larger than the
+// codes.
+int64_t chunk_rows(int64_t rows, int64_t num_codes) {
+  int64_t length = 1024;
+  while (length < num_codes || length * kMostChunks < rows) length *= 2;
+  return length;
+}
+int64_t chunks_of(int64_t rows, int64_t num_codes) {
+  const int64_t length = chunk_rows(rows, num_codes);
+  return rows == 0 ? 1 : (rows + length - 1) / length;
+}
+
+struct Sort {
+  const int64_t* codes;
+  Placed* placed;
+  int* first;
+  int64_t* counts;
+  int* offsets;  // [chunks, K + 1]: counts, then how many rows of the code earlier chunks hold
+  int* totals;   // [K + 1]
+  int64_t rows, num_codes, chunk_rows, chunks;
+};
+
+__device__ int code_of(const Sort& sort, int64_t row) {
+  const int64_t code = sort.codes[row];
+  return static_cast<int>(code >= 0 && code < sort.num_codes ? code : sort.num_codes);
+}
+
+__device__ int* counters_of(const Sort& sort) {
+  if (sort.num_codes <= kSharedCodes) return dynamic_shared<int>();
+  return sort.offsets + blockIdx.x * (sort.num_codes + 1);
+}
+
+__global__ void __launch_bounds__(kCountThreads) _count_codes_kernel(Sort sort) {
+  int* counters = counters_of(sort);
+  int* out = sort.offsets + blockIdx.x * (sort.num_codes + 1);
+  for (int64_t b = threadIdx.x; b <= sort.num_codes; b += kCountThreads) counters[b] = 0;
+  __syncthreads();
+  const int64_t begin = blockIdx.x * sort.chunk_rows;
+  const int64_t end = min(begin + sort.chunk_rows, sort.rows);
+  for (int64_t row = begin + threadIdx.x; row < end; row += kCountThreads) {
+    atomicAdd(counters + code_of(sort, row), 1);
+  }
+  if (counters == out) return;
+  __syncthreads();
+  for (int64_t b = threadIdx.x; b <= sort.num_codes; b += kCountThreads) out[b] = counters[b];
+}
+
+// A warp per code: how many of its rows lie in earlier chunks, for every chunk, and in all.
+__global__ void __launch_bounds__(kCountThreads) _offset_chunks_kernel(Sort sort) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t code = (static_cast<int64_t>(blockIdx.x) * kCountThreads + threadIdx.x) / kWarpSize;
+  if (code > sort.num_codes) return;
+  int before = 0;
+  for (int64_t first = 0; first < sort.chunks; first += kWarpSize) {
+    const int64_t chunk = first + lane;
+    int* at = sort.offsets + chunk * (sort.num_codes + 1) + code;
+    const int mine = chunk < sort.chunks ? *at : 0;
+    int sum = mine;
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const int lower = __shfl_up_sync(kFullWarp, sum, step);
+      if (lane >= step) sum += lower;
+    }
+    if (chunk < sort.chunks) *at = before + sum - mine;
+    before += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+  }
+  if (lane == 0) sort.totals[code] = before;
+}
+
+// Where each code begins; one block.
+__global__ void __launch_bounds__(kScanThreads) _begin_codes_kernel(Sort sort) {
+  __shared__ int sums[kScanThreads];
+  const int64_t buckets = sort.num_codes + 1;
+  const int64_t each = (buckets + kScanThreads - 1) / kScanThreads;
+  const int64_t begin = threadIdx.x * each;
+  const int64_t end = min(begin + each, buckets);
+  int mine = 0;
+  for (int64_t b = begin; b < end; ++b) mine += sort.totals[b];
+  sums[threadIdx.x] = mine;
+  __syncthreads();
+  for (unsigned step = 1; step < kScanThreads; step *= 2) {
+    const int lower = threadIdx.x >= step ? sums[threadIdx.x - step] : 0;
+    __syncthreads();
+    sums[threadIdx.x] += lower;
+    __syncthreads();
+  }
+  int at = sums[threadIdx.x] - mine;
+  for (int64_t b = begin; b < end; ++b) {
+    sort.first[b] = at;
+    at += sort.totals[b];
+    if (b < sort.num_codes) sort.counts[b] = sort.totals[b];
+  }
+}
+
+// One warp per chunk, thirty-two rows at a time in row order: rows of one code in a warp are ranked
+// by lane, so the sort is stable.
+__global__ void __launch_bounds__(kWarpSize) _place_rows_kernel(Sort sort) {
+  int* counters = counters_of(sort);
+  const int* before = sort.offsets + blockIdx.x * (sort.num_codes + 1);
+  for (int64_t b = threadIdx.x; b <= sort.num_codes; b += kWarpSize) {
+    counters[b] = before[b] + sort.first[b];
+  }
+  __syncwarp();
+  const int64_t begin = blockIdx.x * sort.chunk_rows;
+  const int64_t end = min(begin + sort.chunk_rows, sort.rows);
+  const unsigned lower_lanes = (1u << threadIdx.x) - 1;
+  int next = begin + threadIdx.x < end ? code_of(sort, begin + threadIdx.x) : -1;
+  for (int64_t base = begin; base < end; base += kWarpSize) {
+    const int64_t row = base + threadIdx.x;
+    const int code = next;
+    next = row + kWarpSize < end ? code_of(sort, row + kWarpSize) : -1;
+    const unsigned mates = __match_any_sync(kFullWarp, code);
+    const int rank = __popc(mates & lower_lanes);
+    const int at = code >= 0 ? counters[code] : 0;
+    __syncwarp();
+    if (code >= 0) {
+      if (rank == 0) counters[code] = at + __popc(mates);
+      sort.placed[at + rank] = {static_cast<int>(row), code};
+    }
+    __syncwarp();
+  }
+}
+
+struct SumOnly {
+  __device__ void begin_code(int, int64_t) {}
+  __device__ void row(int, int64_t, const float*) {}
+  __device__ void invalid_row(int, int64_t) {}
+  __device__ void finish() {}
+};
+
+__global__ void __launch_bounds__(kSegmentThreads)
+    _segment_combine_kernel(SegmentTiles tiles, int64_t tasks, int columns) {
+  __shared__ double shared[kSegmentThreads];
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    combine_code(tiles, task, columns, shared);
+  }
+}
+
+void check_rows_fit(const char* op, int64_t rows, int64_t num_codes) {
+  if (rows > INT32_MAX || num_codes >= INT32_MAX) {
+    throw std::invalid_argument(std::string(op) + ": rows and codes must be fewer than 2^31, got " +
+                                std::to_string(rows) + " and " + std::to_string(num_codes));
+  }
+}
+
+}  // namespace
+
+int64_t group_rows_workspace(int64_t rows, int64_t num_codes) {
+  return (chunks_of(rows, num_codes) + 1) * (num_codes + 1);
+}
+
+int64_t segment_sum_workspace(int64_t rows, int64_t dim) {
+  const int64_t length = tile_rows(rows, dim);
+  return (rows + length - 1) / length * 2 * dim;
+}
+
+void group_rows(const GroupRowsArgs& args, void* stream) {
+  const char* op = "group_rows_cuda";
+  check_rows_fit(op, args.rows, args.num_codes);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const int64_t chunks = chunks_of(args.rows, args.num_codes);
+  const int64_t buckets = args.num_codes + 1;
+  const Sort sort = {args.codes,  args.placed,    args.first,
+                     args.counts, args.workspace, args.workspace + chunks * buckets,
+                     args.rows,   args.num_codes, chunk_rows(args.rows, args.num_codes),
+                     chunks};
+  const size_t shared =
+      args.num_codes <= kSharedCodes ? sizeof(int) * static_cast<size_t>(buckets) : 0;
+  launch(op, _count_codes_kernel, static_cast<unsigned>(chunks), kCountThreads, shared, on, sort);
+  const int64_t warps = kCountThreads / kWarpSize;
+  launch(op, _offset_chunks_kernel, static_cast<unsigned>((buckets + warps - 1) / warps),
+         kCountThreads, 0, on, sort);
+  launch(op, _begin_codes_kernel, 1, kScanThreads, 0, on, sort);
+  launch(op, _place_rows_kernel, static_cast<unsigned>(chunks), kWarpSize, shared, on, sort);
+}
+
+void segment_sum(const SegmentSumCudaArgs& args, void* stream) {
+  const char* op = "segment_sum_cuda";
+  check_rows_fit(op, args.rows, args.num_codes);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  with_device_type(op, args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    constexpr int kWidth = kVectorWidth<T>;
+    const bool wide = vectorises<T>(args.values, args.row_stride, args.dim);
+    const SegmentTiles tiles = segment_tiles(args, wide ? kWidth : 1);
+    const auto kernel =
+        wide ? _segment_tiles_kernel<T, kWidth, SumOnly> : _segment_tiles_kernel<T, 1, SumOnly>;
+    launch(op, kernel, segment_blocks(tiles), kSegmentThreads, 0, on, tiles, SumOnly());
+    const int64_t tasks = combine_tasks(tiles);
+    launch(op, _segment_combine_kernel, blocks_for(tasks), kSegmentThreads, 0, on, tiles, tasks,
+           combine_columns(args.dim));
+  });
+}
+
+}  // namespace cuda
+}  // namespace latent_rl
