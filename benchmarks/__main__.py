@@ -1,17 +1,31 @@
-"""Command line of the benchmarks: ``python -m benchmarks run|verify|profile``."""
+"""Command line of the benchmarks: ``python -m benchmarks run|verify|profile|report``."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from rich.console import Console
 
-from benchmarks.profile import profile as profile_ops
-from benchmarks.run import run as run_ops
-from benchmarks.verify import compare
+from benchmarks import report, results, roofline
+from benchmarks import verify as verification
+from benchmarks.machine import ROOT, describe
+from benchmarks.profile import Target
+from benchmarks.profile import profile as profile_target
+from benchmarks.registry import OURS, Pass, entries
+from benchmarks.run import Options
+from benchmarks.run import run as run_points
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+SLOWER, REFUSED, TESTS_FAIL = 1, 2, 3
+
+Names = Annotated[str, typer.Option(help="comma-separated; all by default")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Label = Annotated[str, typer.Option(help="name of the machine, for the record")]
 
 
 def split(names: str) -> list[str] | None:
@@ -19,60 +33,160 @@ def split(names: str) -> list[str] | None:
     return [name.strip() for name in names.split(",") if name.strip()] or None
 
 
+def refuse(error: Exception, code: int = REFUSED) -> typer.Exit:
+    typer.echo(str(error), err=True)
+    return typer.Exit(code)
+
+
+def wide_console() -> Console:
+    """Tables keep their columns in files and pipes, whose width nobody knows."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 @app.command()
 def run(
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    ops: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
-    peers: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    rounds: Annotated[int, typer.Option(min=5)] = 50,
-    budget_s: Annotated[float, typer.Option(help="seconds a row may take")] = 20.0,
+    device: Device = "cpu",
+    ops: Names = "",
+    peers: Names = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; as declared")] = "",
+    shapes: Annotated[str, typer.Option(help="as 8192x2048x128; all declared by default")] = "",
+    passes: Annotated[str, typer.Option("--pass", help="forward, forward+backward")] = "",
+    threads: Annotated[str, typer.Option(help="comma-separated, on a CPU")] = "1",
+    rounds: Annotated[int, typer.Option(min=5)] = 20,
+    budget_s: Annotated[float, typer.Option(help="seconds of turns a row may take")] = 5.0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
-    label: Annotated[str, typer.Option(help="name of the machine, for the record")] = "",
+    label: Label = "",
+    fresh: Annotated[bool, typer.Option(help="measure again what the file holds")] = False,
+    summary: Annotated[Path | None, typer.Option(help="Markdown file with the markers")] = None,
 ) -> None:
-    """Measure ops against their peers."""
+    """Measure ops against their peers: table, JSON, roofline, summary. Resumes by itself."""
     try:
-        path = run_ops(
-            device,
-            split(ops),
-            split(peers),
-            dtype,
+        if summary is not None:
+            report.check_markers(summary)
+        options = Options(
+            device=device,
+            ops=split(ops),
+            peers=split(peers),
+            dtypes=split(dtype),
+            shapes=split(shapes),
+            passes=split(passes),
+            threads=tuple(int(n) for n in threads.split(",")) if device == "cpu" else (1,),
             rounds=rounds,
             budget_s=budget_s,
-            output=output,
             label=label,
         )
+        done = run_points(options, output, typer.echo, fresh)
     except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
-    typer.echo(f"wrote {path}")
+        raise refuse(error) from error
+    present(done.path, summary)
+    failed = [row for row in done.data["rows"] if row["contestants"][OURS]["status"] != "measured"]
+    raise typer.Exit(1 if failed else 0)
+
+
+def present(path: Path, summary: Path | None) -> None:
+    """Table, plot and summary of a result file."""
+    data = results.load(path)
+    wide_console().print(report.table_of(data["rows"], data["machine"]))
+    for line in report.absences(data["rows"]):
+        typer.echo(f"absent: {line}")
+    plot = path.with_suffix(".png")
+    problem = roofline.draw(data, plot)
+    typer.echo(f"wrote {path}" + (f"; no plot: {problem}" if problem else f" and {plot.name}"))
+    if summary is not None:
+        inside = plot.is_relative_to(ROOT) and problem is None
+        shown = str(plot.relative_to(ROOT)) if inside else ""
+        report.write_between(summary, report.markdown(data, shown))
+        typer.echo(f"wrote the summary into {summary}")
+
+
+@app.command("report")
+def show(
+    path: Annotated[Path, typer.Argument(help="a JSON result file")],
+    summary: Annotated[Path | None, typer.Option(help="Markdown file with the markers")] = None,
+) -> None:
+    """Show a result file again: table, roofline, summary."""
+    try:
+        present(path, summary)
+    except (OSError, ValueError) as error:
+        raise refuse(error) from error
 
 
 @app.command()
 def verify(
-    fresh: Annotated[Path, typer.Argument(help="JSON of a new run")],
-    baseline: Annotated[Path, typer.Argument(help="committed JSON of the same machine")],
-    tolerance: Annotated[float, typer.Option(help="allowed ratio to the baseline")] = 1.15,
+    device: Device = "cpu",
+    ops: Names = "",
+    baseline: Annotated[Path | None, typer.Option(help="the newest of this machine")] = None,
+    fresh: Annotated[Path | None, typer.Option(help="compare this file, measure nothing")] = None,
+    label: Label = "",
+    threads: Annotated[str, typer.Option(help="comma-separated, on a CPU")] = "1",
+    budget_s: Annotated[float, typer.Option(help="seconds of turns a row may take")] = 5.0,
 ) -> None:
-    """Refuse a run that is slower than its baseline, or whose tests fail."""
+    """Test the ops, measure again, compare with the baseline of the same machine.
+
+    Exit codes: 0 as fast as before, 1 slower, 2 not comparable, 3 an op's tests fail.
+    """
     try:
-        slower = compare(fresh, baseline, tolerance)
+        machine = describe(torch.device(device), label)
+        past = results.load(baseline or verification.newest_baseline(machine))
+        # Told before anything is measured.
+        verification.check_same_machine(past, {"machine": machine.as_dict()})
+        chosen = split(ops) or sorted({row["op"] for row in past["rows"]})
+        for op in chosen:
+            verification.check_tests(op)
+        if fresh is None:
+            now = measured_again(device, chosen, threads, budget_s, label)
+        else:
+            now = results.load(fresh)
+        verdicts = verification.compare(past, now)
+    except verification.OpTestsError as error:
+        raise refuse(error, TESTS_FAIL) from error
     except (OSError, ValueError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
-    for line in slower:
-        typer.echo(line, err=True)
-    raise typer.Exit(1 if slower else 0)
+        raise refuse(error) from error
+    for verdict in verdicts:
+        typer.echo(str(verdict))
+    raise typer.Exit(SLOWER if any(verdict.slower for verdict in verdicts) else 0)
+
+
+def measured_again(
+    device: str, ops: list[str], threads: str, budget_s: float, label: str
+) -> dict[str, object]:
+    """Ours and the unit alone: peers have no say in whether we got slower."""
+    counts = tuple(int(n) for n in threads.split(",")) if device == "cpu" else (1,)
+    options = Options(
+        device=device, ops=ops, peers=[], threads=counts, budget_s=budget_s, label=label
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return run_points(options, Path(folder) / "fresh.json", typer.echo).data
 
 
 @app.command()
 def profile(
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    ops: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
+    op: Annotated[str, typer.Argument(help="an op")],
+    shape: Annotated[str, typer.Option(help="as 8192x2048x128; the first declared")] = "",
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    which: Annotated[str, typer.Option("--pass", help="forward or forward+backward")] = "forward",
+    peer: Annotated[str, typer.Option(help="profile a peer instead")] = OURS,
     repeats: Annotated[int, typer.Option(min=1)] = 10,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    tool: Annotated[str, typer.Option(help="nsys, ncu, torch or commands")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the reports")] = Path("runs/profiles"),
 ) -> None:
-    """Call the ops inside NVTX ranges, to be run under a profiler."""
-    profile_ops(device, split(ops), repeats)
+    """One op at one shape under nsys, ncu or torch's profiler (the CPU's default)."""
+    try:
+        options = Options(device=device, ops=[op], dtypes=[dtype], passes=[which])
+        options.check()
+        known = [p.name for p in entries()[op].contestants()]
+        if peer not in known:
+            raise ValueError(f"peer: unknown {peer!r}; known: {known}")
+        first = next(s.tag for s in entries()[op].shapes if s.dtypes_on(device))
+        target = Target(op, shape or first, device, dtype, Pass(which), peer, repeats, threads)
+        default = "nsys" if device == "cuda" else "torch"
+        code = profile_target(target, tool or default, out, typer.echo)
+    except ValueError as error:
+        raise refuse(error) from error
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

@@ -6,41 +6,58 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from benchmarks.packages import versions
 from latent_rl import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+# Files whose edits cannot change a timing: a run may write them.
+IRRELEVANT = (":!benchmarks/results", ":!docs", ":!*.md")
 
 
 @dataclass(frozen=True)
 class Machine:
+    """A device, its software and the commit measured.
+
+    ``clocks`` is what the driver says of a GPU's clocks as the run starts; they are not locked, so
+    a reader must know them.
+    """
+
     device: str
     cores: int
     load_1min: float
-    threads: int
     driver: str
+    clocks: str
     python: str
     torch: str
-    triton: str
     latent_rl: str
     commit: str
+    dirty: bool
+    packages: dict[str, str] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
         """A file-name-safe name of the device."""
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
 
+    @property
+    def version(self) -> str:
+        """The commit, ``-dirty`` when files that matter differ from it."""
+        return f"{self.commit}-dirty" if self.dirty else self.commit
+
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    for line in lines:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -55,32 +72,24 @@ def output_of(*command: str) -> str:
     return done.stdout.strip().split("\n")[0]
 
 
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def commit() -> str:
-    """The commit measured; ``-dirty`` when tracked files differ from it."""
-    name = output_of("git", "rev-parse", "--short=12", "HEAD")
-    return f"{name}-dirty" if output_of("git", "status", "--porcelain", "-uno") else name
+def gpu(query: str) -> str:
+    return output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
 def describe(device: torch.device, label: str = "") -> Machine:
     """What is measured on; ``label`` replaces a device name that says too little."""
     on_gpu = device.type == "cuda"
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    changed = output_of("git", "status", "--porcelain", "-uno", "--", ".", *IRRELEVANT)
     return Machine(
         device=label or (torch.cuda.get_device_name(device) if on_gpu else f"{cpu_name()} CPU"),
         cores=os.cpu_count() or 0,
         load_1min=os.getloadavg()[0],
-        threads=torch.get_num_threads(),
-        driver=driver if on_gpu else "",
+        driver=gpu("driver_version") if on_gpu else "",
+        clocks=gpu("clocks.sm,clocks.max.sm,clocks.mem") if on_gpu else "",
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=version_of("triton"),
         latent_rl=__version__,
-        commit=commit(),
+        commit=output_of("git", "rev-parse", "--short=12", "HEAD"),
+        dirty=bool(changed),
+        packages=versions(),
     )

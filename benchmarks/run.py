@@ -1,138 +1,200 @@
-"""Measure ops and peers in one run; print a table, write one JSON file."""
+"""Measure ops and peers in one run; print a table, write one JSON file, a plot and a summary."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.machine import Machine, describe
-from benchmarks.registry import Call, Entry, Shape, entries
-from benchmarks.timing import Timing, interleave
-from latent_rl import backends
+from benchmarks import results, ring
+from benchmarks.machine import describe
+from benchmarks.registry import OURS, UNITS, Entry, Shape, entries
+from benchmarks.results import Point, Results, Row
+from benchmarks.ring import Ring
+from benchmarks.worker import DTYPES, Failed, Ready, Task
 
-RESULTS = Path(__file__).parent / "results"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure and how long. None means everything that the registry declares."""
+
+    device: str = "cpu"
+    ops: list[str] | None = None
+    peers: list[str] | None = None
+    dtypes: list[str] | None = None
+    shapes: list[str] | None = None
+    passes: list[str] | None = None
+    threads: tuple[int, ...] = (1,)
+    rounds: int = 20
+    budget_s: float = 5.0
+    label: str = ""
+
+    def check(self) -> None:
+        """Refuse what does not exist.
+
+        Raises:
+            ValueError: naming the option, what it accepts and what it got.
+        """
+        known = entries()
+        peers = {p.name for entry in known.values() for p in entry.contestants()}
+        passes = {which.value for entry in known.values() for which in entry.passes}
+        for option, given, accepted in (
+            ("ops", self.ops, set(known)),
+            ("peers", self.peers, peers - {OURS} - set(UNITS.values())),
+            ("dtype", self.dtypes, set(DTYPES)),
+            ("pass", self.passes, passes),
+            ("device", [self.device], set(UNITS)),
+        ):
+            if unknown := set(given or ()) - accepted:
+                raise ValueError(f"{option}: unknown {sorted(unknown)}; known: {sorted(accepted)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: torch finds no CUDA device")
+        if min(self.threads, default=0) < 1:
+            raise ValueError(f"threads: expected at least 1, got {self.threads}")
+
+
+def selected_shapes(entry: Entry, options: Options) -> list[Shape]:
+    """Declared shapes by their tag, or a shape of one's own: 100x16x8."""
+    if options.shapes is None:
+        return list(entry.shapes)
+    declared = {shape.tag: shape for shape in entry.shapes}
+    symbols = tuple(entry.shapes[0].sizes)
+    chosen = []
+    for tag in options.shapes:
+        if tag in declared:
+            chosen.append(replace(declared[tag], dtypes=_anywhere(declared[tag], options)))
+        elif len(options.ops or ()) == 1:
+            chosen.append(own_shape(entry, symbols, tag, options))
+    return chosen
+
+
+def _anywhere(shape: Shape, options: Options) -> dict[str, tuple[str, ...]]:
+    """A shape that was asked for by name runs also where it is not declared."""
+    return {options.device: shape.dtypes_on(options.device) or ("float32",)}
+
+
+def own_shape(entry: Entry, symbols: tuple[str, ...], tag: str, options: Options) -> Shape:
+    sizes = tag.split("x")
+    if len(sizes) != len(symbols) or not all(size.isdigit() and int(size) for size in sizes):
+        raise ValueError(
+            f"shapes: {entry.op} takes {'x'.join(symbols)}, got {tag!r}; declared are "
+            f"{[shape.tag for shape in entry.shapes]}"
+        )
+    given = dict(zip(symbols, map(int, sizes), strict=True))
+    return Shape(given, "given on the command line", {options.device: ("float32",)})
+
+
+def points(options: Options, threads: int) -> Iterator[Point]:
+    """Every row the options select, at one number of threads."""
+    for name, entry in sorted(entries().items()):
+        if options.ops is not None and name not in options.ops:
+            continue
+        for shape in selected_shapes(entry, options):
+            declared = shape.dtypes_on(options.device)
+            dtypes = options.dtypes if options.dtypes and declared else declared
+            for dtype in dtypes:
+                for which in entry.passes:
+                    if options.passes is None or which.value in options.passes:
+                        yield Point(name, shape, which, dtype, options.device, threads)
 
 
 def measure(
-    entry: Entry,
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    peers: Iterable[str] | None,
-    *,
-    rounds: int,
-    budget_s: float,
-) -> dict[str, Any]:
-    """One row of the report: our timing, every peer's, and the ratios peer / ours."""
-    inputs = entry.make_inputs(shape, device, dtype)
-    calls: dict[str, Call] = {"latent_rl": entry.ours(inputs)}
+    point: Point, group: Ring, options: Options, ceilings: dict[str, Any], scratch: Path
+) -> Row:
+    """One row of the report."""
+    entry = entries()[point.op]
     absent: dict[str, str] = {}
-    for peer in entry.peers:
-        if peers is not None and peer.name not in peers:
+    answers: dict[str, Ready | Failed] = {}
+    task = Task("", point.op, point.shape, point.which, point.dtype, point.device, scratch)
+    always = {OURS, *UNITS.values()}
+    for peer in entry.contestants():
+        if options.peers is not None and peer.name not in always | set(options.peers):
             continue
-        try:
-            calls[peer.name] = peer.make(inputs)
-        except ImportError as missing:
-            absent[peer.name] = str(missing)
-    timings = interleave(calls, device, rounds=rounds, budget_s=budget_s)
-    ours = timings["latent_rl"]
-    seconds = ours.median_ms / 1e3
-    return {
-        "op": entry.op,
-        "shape": dict(shape.sizes),
-        "note": shape.note,
-        "dtype": str(dtype).removeprefix("torch."),
-        "backend": serving_backend(entry, device),
-        "timings": {name: asdict(timing) for name, timing in timings.items()},
-        "ratio_of_medians": ratios(timings, ours, "median_ms"),
-        "ratio_of_p25": ratios(timings, ours, "p25_ms"),
-        "gb_per_s": entry.bytes_moved(shape, dtype) / seconds / 1e9,
-        "gflop_per_s": entry.flops(shape) / seconds / 1e9,
-        "absent_peers": absent,
-    }
+        reason = peer.why_not(point.device, point.dtype, point.which)
+        if reason is None:
+            answers[peer.name] = group[peer.name].prepare(replace(task, contestant=peer.name))
+        elif peer.name not in UNITS.values():
+            absent[peer.name] = reason
+    ready = {name: a for name, a in answers.items() if isinstance(a, Ready)}
+    handles = {name: group[name] for name in ready}
+    samples = ring.interleave(handles, ready, rounds=options.rounds, budget_s=options.budget_s)
+    for name in ready:
+        group[name].release()
+    for name in _short_of_memory(answers, samples):
+        answers[name], samples[name] = alone(group[name], replace(task, contestant=name), options)
+    return results.row_of(entry, point, answers, absent, samples, ceilings)
 
 
-def ratios(timings: dict[str, Timing], ours: Timing, field: str) -> dict[str, float]:
-    """How many times longer than ours each peer took."""
-    return {
-        name: getattr(timing, field) / getattr(ours, field)
-        for name, timing in timings.items()
-        if timing is not ours
-    }
+def _short_of_memory(
+    answers: dict[str, Ready | Failed], samples: dict[str, list[float] | Failed]
+) -> list[str]:
+    """Who failed for lack of device memory while its neighbours held some of it."""
+    outcomes = {**answers, **{n: s for n, s in samples.items() if isinstance(s, Failed)}}
+    return [
+        name
+        for name, outcome in outcomes.items()
+        if isinstance(outcome, Failed) and "OutOfMemory" in outcome.reason
+    ]
 
 
-def serving_backend(entry: Entry, device: torch.device) -> str:
-    """The first row of the dispatch table that can run on this device, for the record."""
-    return backends.serving(entry.op, device)
+def alone(
+    handle: ring.Process, task: Task, options: Options
+) -> tuple[Ready | Failed, list[float] | Failed]:
+    """The second chance of a contestant that ran out of memory: the whole device."""
+    answer = handle.prepare(task)
+    if isinstance(answer, Failed):
+        return answer, answer
+    name = task.contestant
+    times = ring.interleave(
+        {name: handle}, {name: answer}, rounds=ring.MIN_ROUNDS, budget_s=options.budget_s
+    )
+    handle.release()
+    return replace(answer, remark="measured alone: out of memory beside the others"), times[name]
 
 
-def table_of(rows: list[dict[str, Any]], machine: Machine) -> Table:
-    table = Table(title=f"{machine.device}, {machine.threads} threads, commit {machine.commit}")
-    for heading in ("op", "shape", "dtype", "backend", "median ms", "p20-p80", "GB/s", "GFLOP/s"):
-        table.add_column(heading)
-    table.add_column("peers: time / ours")
-    for row in rows:
-        ours = row["timings"]["latent_rl"]
-        compared = [f"{name} {ratio:.2f}x" for name, ratio in row["ratio_of_medians"].items()]
-        compared += [f"{name} absent" for name in row["absent_peers"]]
-        table.add_row(
-            row["op"],
-            " ".join(f"{k}={v}" for k, v in row["shape"].items()),
-            row["dtype"],
-            row["backend"],
-            f"{ours['median_ms']:.3f}",
-            f"{ours['p20_ms']:.3f}-{ours['p80_ms']:.3f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['gflop_per_s']:.1f}",
-            "\n".join(compared),
-        )
-    return table
-
-
-def run(
-    device_name: str,
-    ops: list[str] | None,
-    peers: list[str] | None,
-    dtype_name: str,
-    *,
-    rounds: int,
-    budget_s: float,
-    output: Path | None,
-    label: str = "",
-) -> Path:
-    """Measure the named ops (all by default) and return the path of the JSON written.
+def run(options: Options, path: Path | None, say: Say, fresh: bool = False) -> Results:
+    """Measure what is selected and not yet in the result file, saving after every row.
 
     Raises:
-        ValueError: for an unknown op, dtype or peer name.
+        ValueError: for an unknown op, peer, dtype, pass or shape.
     """
-    known = entries()
-    unknown = set(ops or ()) - set(known)
-    if unknown:
-        raise ValueError(f"ops: unknown {sorted(unknown)}; known are {sorted(known)}")
-    if dtype_name not in DTYPES:
-        raise ValueError(f"dtype: expected one of {sorted(DTYPES)}, got {dtype_name!r}")
-    all_peers = {peer.name for entry in known.values() for peer in entry.peers}
-    if set(peers or ()) - all_peers:
-        raise ValueError(f"peers: unknown {sorted(set(peers or ()) - all_peers)}")
-    device = torch.device(device_name)
-    machine = describe(device, label)
-    rows = [
-        measure(entry, shape, device, DTYPES[dtype_name], peers, rounds=rounds, budget_s=budget_s)
-        for name, entry in sorted(known.items())
-        if ops is None or name in ops
-        for shape in entry.shapes
-    ]
-    Console().print(table_of(rows, machine))
-    name = f"{machine.slug}-{machine.threads}t-{dtype_name}-{machine.commit}.json"
-    path = output or RESULTS / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine.as_dict(), "rows": rows}, indent=1) + "\n")
-    return path
+    options.check()
+    machine = describe(torch.device(options.device), options.label)
+    path = path or results.FOLDER / f"{machine.slug}-{machine.version}.json"
+    done = Results(path, machine)
+    if not fresh and (count := done.resume()):
+        say(f"resuming {path.name}: {count} rows are there already")
+    plan = [p for threads in options.threads for p in points(options, threads)]
+    if not plan:
+        raise ValueError(f"shapes: nothing to measure on {options.device} for these options")
+    todo = [point for point in plan if not done.holds(point)]
+    with tempfile.TemporaryDirectory() as scratch:
+        for threads in options.threads:
+            mine = [point for point in todo if point.threads == threads]
+            if mine:
+                _run_group(mine, options, done, Path(scratch), say, len(todo))
+    return done
+
+
+def _run_group(
+    mine: list[Point], options: Options, done: Results, scratch: Path, say: Say, total: int
+) -> None:
+    """All points of one number of threads, in one ring of processes."""
+    threads = mine[0].threads
+    with Ring(threads) as group:
+        if str(threads) not in done.data["ceilings"]:
+            dtypes = tuple(dict.fromkeys(("float32", "bfloat16", *(p.dtype for p in mine))))
+            done.data["ceilings"][str(threads)] = group.ceilings(options.device, dtypes)
+        ceilings = done.data["ceilings"][str(threads)]
+        for index, point in enumerate(mine, 1):
+            row = measure(point, group, options, ceilings, scratch)
+            done.add(row)
+            ours = results.p25_ms(row, OURS)
+            outcome = "failed" if ours is None else f"{ours:.3g} ms"
+            say(f"[{index}/{len(mine)} of {total}] {point}: {outcome}")

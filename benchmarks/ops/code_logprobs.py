@@ -1,11 +1,17 @@
-"""code_logprobs: log-probability, entropy and exact KL over the codes, forward and backward."""
+"""code_logprobs: log-probability, entropy and exact KL over the codes."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from benchmarks.registry import Call, Entry, Inputs, Peer, Shape
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Entry, Inputs, Pass, Peer, Shape
+from benchmarks.steps import compiled, differentiated
 from latent_rl import ops
+
+WANTED = ("logits",)
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -18,42 +24,38 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     }
 
 
-def ours(inputs: Inputs) -> Call:
-    logits = inputs["logits"].clone().requires_grad_()
-
-    def call() -> None:
-        out = ops.code_logprobs(logits, inputs["codes"], inputs["ref_logits"])
-        torch.autograd.grad((out.logprob + out.entropy + out.kl).sum(), logits)
-
-    return call
+def code_logprobs(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(ops.code_logprobs(t["logits"], t["codes"], t["ref_logits"]))
 
 
-def eager(inputs: Inputs) -> Call:
-    logits = inputs["logits"].clone().requires_grad_()
-
-    def call() -> None:
-        log_probs = logits.float().log_softmax(-1)
-        reference = inputs["ref_logits"].float().log_softmax(-1)
-        chosen = log_probs.gather(-1, inputs["codes"][:, None])[:, 0]
-        probs = log_probs.exp()
-        entropy = -(probs * log_probs).sum(-1)
-        divergence = (probs * (log_probs - reference)).sum(-1)
-        torch.autograd.grad((chosen + entropy + divergence).sum(), logits)
-
-    return call
+def composed(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    log_probs = t["logits"].float().log_softmax(-1)
+    reference = t["ref_logits"].float().log_softmax(-1)
+    chosen = log_probs.gather(-1, t["codes"][:, None])[:, 0]
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs).sum(-1)
+    divergence = (probs * (log_probs - reference)).sum(-1)
+    return chosen, entropy, divergence
 
 
 ENTRY = Entry(
     op="code_logprobs",
+    passes=(Pass.FORWARD, Pass.TRAIN),
     shapes=(
         Shape({"N": 65536, "K": 128}, "64 rollouts of 1024 codes"),
-        Shape({"N": 8192, "K": 8192}, "large codebook"),
+        Shape({"N": 2048, "K": 8192}, "large codebook", {"cpu": ("float32",)}),
+        Shape({"N": 65536, "K": 8192}, "large codebook, many rows", {"cuda": ("bfloat16",)}),
     ),
     make_inputs=make_inputs,
-    ours=ours,
-    peers=(Peer("eager", eager),),
+    ours=differentiated(code_logprobs, WANTED),
+    peers=(
+        Peer("eager", differentiated(composed, WANTED)),
+        Peer("torch.compile", compiled(composed, WANTED)),
+    ),
     # Forward and backward each read both logits; backward writes one gradient.
-    bytes_moved=lambda s, dtype: 5 * s["N"] * s["K"] * dtype.itemsize,
-    flops=lambda s: 20 * s["N"] * s["K"],
+    bytes_moved=lambda s, dtype, which: (
+        (2 if which is Pass.FORWARD else 5) * s["N"] * s["K"] * dtype.itemsize
+    ),
+    flops=lambda s, which: (8 if which is Pass.FORWARD else 20) * s["N"] * s["K"],
     tests="tests/ops/test_code_logprobs.py",
 )

@@ -1,20 +1,26 @@
-"""gated_merge: one merge block with hard codes, forward and backward."""
+"""gated_merge: one merge block with hard codes."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from benchmarks.registry import Call, Entry, Inputs, Peer, Shape
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, silu
+
+from benchmarks.registry import Entry, Goal, Inputs, Pass, Peer, Shape
+from benchmarks.steps import compiled, differentiated
 from latent_rl import ops
 
-WEIGHTS = ("w_gate", "w_up", "w_down")
+WANTED = ("e", "codebook", "w_gate", "w_up", "w_down")
+CONCATENATED = "concatenated"
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     n, hidden, inner, size = shape["N"], shape["H"], shape["I"], shape["K"]
 
-    def normal(*sizes: int, scale: float = 1.0) -> torch.Tensor:
+    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*sizes, generator=generator)).to(device, dtype)
 
     return {
@@ -27,71 +33,74 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     }
 
 
-def leaves(inputs: Inputs) -> dict[str, torch.Tensor]:
-    return {
-        name: value.clone().requires_grad_() if value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+def merge(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return (
+        ops.gated_merge(t["e"], t["codes"], t["codebook"], t["w_gate"], t["w_up"], t["w_down"]),
+    )
 
 
-def ours(inputs: Inputs) -> Call:
-    t = leaves(inputs)
-    wanted = [value for value in t.values() if value.requires_grad]
-
-    def call() -> None:
-        out = ops.gated_merge(
-            t["e"], t["codes"], t["codebook"], t["w_gate"], t["w_up"], t["w_down"]
-        )
-        torch.autograd.grad(out.sum(), wanted)
-
-    return call
+def block(t: Mapping[str, Tensor], code: Tensor) -> tuple[Tensor, ...]:
+    joined = torch.cat([t["e"], code], -1)
+    inner = silu(joined @ t["w_gate"].T) * (joined @ t["w_up"].T)
+    return (inner @ t["w_down"].T,)
 
 
-def concatenated(inputs: Inputs) -> Call:
+def concatenated(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The dense form: gather, concatenate, three wide products."""
-    t = leaves(inputs)
-    wanted = [value for value in t.values() if value.requires_grad]
-
-    def call() -> None:
-        joined = torch.cat([t["e"], t["codebook"][t["codes"]]], -1)
-        inner = torch.nn.functional.silu(joined @ t["w_gate"].T) * (joined @ t["w_up"].T)
-        torch.autograd.grad((inner @ t["w_down"].T).sum(), wanted)
-
-    return call
+    return block(t, t["codebook"][t["codes"]])
 
 
-def paper_one_hot(inputs: Inputs) -> Call:
-    """One-hot codes through a Linear layer, then the dense form, as in the paper's code."""
-    t = leaves(inputs)
-    wanted = [value for value in t.values() if value.requires_grad]
-
-    def call() -> None:
-        one_hot = torch.nn.functional.one_hot(t["codes"], len(t["codebook"])).to(t["e"].dtype)
-        joined = torch.cat([t["e"], one_hot @ t["codebook"]], -1)
-        inner = torch.nn.functional.silu(joined @ t["w_gate"].T) * (joined @ t["w_up"].T)
-        torch.autograd.grad((inner @ t["w_down"].T).sum(), wanted)
-
-    return call
+def paper_form(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """One-hot codes through a linear layer, then the dense form, as in the paper's code."""
+    hot = one_hot(t["codes"], len(t["codebook"])).to(t["e"].dtype)
+    return block(t, torch.nn.functional.linear(hot, t["codebook"].T))
 
 
-def multiply_adds(shape: Shape) -> int:
-    """Forward plus backward of the table form: the code half costs K rows, not N."""
+def multiply_adds(shape: Shape, which: Pass) -> int:
+    """Of the table form: the code half costs K rows, not N; a backward costs two forwards."""
     n, hidden, inner, size = shape["N"], shape["H"], shape["I"], shape["K"]
-    return 3 * 2 * (3 * n * hidden * inner + 2 * size * hidden * inner)
+    forward = 2 * (3 * n * hidden * inner + 2 * size * hidden * inner)
+    return forward if which is Pass.FORWARD else 3 * forward
 
+
+def traffic(shape: Shape, dtype: torch.dtype, which: Pass) -> int:
+    """Weights, input and output; the backward reads weights again and writes their gradients."""
+    rows, weights = 2 * shape["N"] * shape["H"], 5 * shape["H"] * shape["I"]
+    forward = rows + weights
+    saved = 4 * shape["N"] * shape["I"]
+    moved = forward if which is Pass.FORWARD else 2 * rows + 3 * weights + saved
+    return moved * dtype.itemsize
+
+
+CUDA_GOALS = {("cuda", "bfloat16", which): (Goal(1.5, CONCATENATED),) for which in Pass}
 
 ENTRY = Entry(
     op="gated_merge",
+    passes=(Pass.FORWARD, Pass.TRAIN),
     shapes=(
-        Shape({"N": 1024, "H": 1024, "I": 2816, "K": 128}, "a 0.5B model"),
-        Shape({"N": 2048, "H": 128, "I": 256, "K": 64}, "the demo's model"),
+        Shape(
+            {"N": 1024, "H": 1024, "I": 2816, "K": 128},
+            "a 0.5B model",
+            {"cpu": ("float32", "bfloat16")},
+        ),
+        Shape({"N": 2048, "H": 128, "I": 256, "K": 64}, "the demo's model", {"cpu": ("float32",)}),
+        Shape(
+            {"N": 8192, "H": 2048, "I": 11008, "K": 128},
+            "a 3B model",
+            {"cuda": ("bfloat16",)},
+            CUDA_GOALS,
+        ),
     ),
     make_inputs=make_inputs,
-    ours=ours,
-    peers=(Peer("concatenated", concatenated), Peer("one-hot x Linear (paper)", paper_one_hot)),
-    bytes_moved=lambda s, dtype: (
-        (4 * s["N"] * (s["H"] + s["I"]) + 10 * s["H"] * s["I"]) * dtype.itemsize
+    ours=differentiated(merge, WANTED),
+    peers=(
+        Peer(CONCATENATED, differentiated(concatenated, WANTED)),
+        Peer("torch.compile", compiled(concatenated, WANTED), note="of the concatenated form"),
+        Peer(
+            "one-hot x Linear", differentiated(paper_form, WANTED), note="the paper's code's form"
+        ),
     ),
+    bytes_moved=traffic,
     flops=multiply_adds,
     tests="tests/ops/test_gated_merge.py",
 )

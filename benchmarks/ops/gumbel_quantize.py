@@ -1,56 +1,84 @@
-"""gumbel_quantize: the paper's straight-through quantizer, forward and backward."""
+"""gumbel_quantize: the paper's straight-through quantizer."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from benchmarks.registry import Call, Entry, Inputs, Peer, Shape
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Entry, Goal, Inputs, Pass, Peer, Shape
+from benchmarks.steps import compiled, differentiated
 from latent_rl import ops
+
+WANTED = ("logits", "codebook")
+TAU = 2.0
+FUNCTIONAL = "F.gumbel_softmax + matmul"
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(shape["N"], shape["K"], generator=generator)
     codebook = torch.randn(shape["K"], shape["D"], generator=generator)
-    return {"logits": logits.to(device, dtype), "codebook": codebook.to(device, dtype)}
+    return {
+        "logits": logits.to(device, dtype),
+        "codebook": codebook.to(device, dtype),
+        "seeds": ops.row_seeds(0, shape["N"], device),
+    }
 
 
-def ours(inputs: Inputs) -> Call:
-    logits = inputs["logits"].clone().requires_grad_()
-    codebook = inputs["codebook"].clone().requires_grad_()
-
-    def call() -> None:
-        out = ops.gumbel_quantize(logits, codebook, tau=2.0, seed=0)
-        torch.autograd.grad(out.vectors.sum() + out.entropy.sum(), (logits, codebook))
-
-    return call
+def gumbel_quantize(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    out = ops.gumbel_quantize(t["logits"], t["codebook"], tau=TAU, seed=t["seeds"])
+    return out.vectors, out.entropy
 
 
-def functional(inputs: Inputs) -> Call:
+def functional(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """``F.gumbel_softmax`` and a one-hot product, as in the paper's code."""
-    logits = inputs["logits"].clone().requires_grad_()
-    codebook = inputs["codebook"].clone().requires_grad_()
+    logits = t["logits"]
+    one_hot = torch.nn.functional.gumbel_softmax(logits, tau=TAU, hard=True)
+    log_probs = logits.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return one_hot @ t["codebook"], entropy.float()
 
-    def call() -> None:
-        one_hot = torch.nn.functional.gumbel_softmax(logits, tau=2.0, hard=True)
-        log_probs = logits.log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        torch.autograd.grad((one_hot @ codebook).sum() + entropy.sum(), (logits, codebook))
 
-    return call
+def multiply_adds(shape: Shape, which: Pass) -> int:
+    """Hard codes gather; the backward meets every code with every row's gradient."""
+    elementwise = 10 * shape["N"] * shape["K"]
+    product = 2 * shape["N"] * shape["K"] * shape["D"]
+    return elementwise if which is Pass.FORWARD else 2 * elementwise + product
 
+
+def traffic(shape: Shape, dtype: torch.dtype, which: Pass) -> int:
+    """Forward reads logits and codebook and writes vectors; backward mirrors it."""
+    logits, codebook, vectors = (
+        shape[a] * shape[b] * dtype.itemsize for a, b in (("N", "K"), ("K", "D"), ("N", "D"))
+    )
+    forward = logits + codebook + vectors
+    return forward if which is Pass.FORWARD else 3 * logits + 3 * codebook + 2 * vectors
+
+
+CUDA_GOALS = {("cuda", "bfloat16", which): (Goal(6, FUNCTIONAL),) for which in Pass}
 
 ENTRY = Entry(
     op="gumbel_quantize",
+    passes=(Pass.FORWARD, Pass.TRAIN),
     shapes=(
         Shape({"N": 8192, "K": 128, "D": 2048}, "the paper's codebook"),
-        Shape({"N": 4096, "K": 8192, "D": 256}, "large codebook"),
+        Shape({"N": 2048, "K": 8192, "D": 256}, "large codebook", {"cpu": ("float32",)}),
+        Shape(
+            {"N": 65536, "K": 8192, "D": 256},
+            "large codebook, many rows",
+            {"cuda": ("bfloat16",)},
+            CUDA_GOALS,
+        ),
     ),
     make_inputs=make_inputs,
-    ours=ours,
-    peers=(Peer("F.gumbel_softmax + matmul", functional),),
-    # Forward reads the logits; backward reads them again and writes their gradient.
-    bytes_moved=lambda s, dtype: 3 * s["N"] * s["K"] * dtype.itemsize,
-    flops=lambda s: 2 * s["N"] * s["K"] * s["D"],
+    ours=differentiated(gumbel_quantize, WANTED),
+    peers=(
+        Peer(FUNCTIONAL, differentiated(functional, WANTED)),
+        Peer("torch.compile", compiled(functional, WANTED)),
+    ),
+    bytes_moved=traffic,
+    flops=multiply_adds,
     tests="tests/ops/test_gumbel_quantize.py",
 )

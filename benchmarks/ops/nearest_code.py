@@ -1,11 +1,19 @@
-"""nearest_code: the code closest to each row, against GEMM-based searches."""
+"""nearest_code: the code closest to each row, against searches of every kind."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from benchmarks.registry import Call, Entry, Inputs, Peer, Shape
-from latent_rl import ops
+import torch
+from torch import Tensor
+
+from benchmarks.registry import UNITS, Call, Entry, Goal, Inputs, Pass, Peer, Shape
+from benchmarks.steps import forward_only
+from latent_rl import backends, ops
+
+FORWARD = Pass.FORWARD
+# Both dtypes on both devices; the float32 rows are the certified exact ones.
+BOTH = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -15,13 +23,15 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     return {"x": x.to(device, dtype), "codebook": codebook.to(device, dtype)}
 
 
-def ours(inputs: Inputs) -> Call:
-    return lambda: ops.nearest_code(inputs["x"], inputs["codebook"])
+def search(inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+    return ops.nearest_code(inputs["x"], inputs["codebook"])
 
 
-def chunked_gemm(inputs: Inputs, rows: int = 8192) -> Call:
-    """The same contraction and nothing else: the unit in which the CPU targets are written."""
+def chunked_gemm(inputs: Inputs, which: Pass, rows: int = 8192) -> Call:
+    """The same contraction and nothing else; in float32 on the CPU."""
     x, codebook = inputs["x"], inputs["codebook"]
+    if not x.is_cuda:
+        x, codebook = x.float(), codebook.float()
     out = torch.empty(min(rows, len(x)), len(codebook), dtype=x.dtype, device=x.device)
 
     def call() -> None:
@@ -32,57 +42,215 @@ def chunked_gemm(inputs: Inputs, rows: int = 8192) -> Call:
     return call
 
 
-def mm_argmin(inputs: Inputs) -> Call:
+def mm_argmin(inputs: Inputs) -> Tensor:
     x, codebook = inputs["x"], inputs["codebook"]
+    return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)
 
-    def call() -> torch.Tensor:
-        norms = codebook.square().sum(1)
-        return torch.addmm(norms, x, codebook.T, alpha=-2).argmin(1)
+
+def mm_argmin_compiled(inputs: Inputs, which: Pass) -> Call:
+    compiled = torch.compile(mm_argmin, dynamic=False)
+    return lambda: compiled(inputs)
+
+
+def cdist(inputs: Inputs) -> Tensor:
+    return torch.cdist(inputs["x"], inputs["codebook"]).argmin(1)
+
+
+def sklearn_argmin(inputs: Inputs, which: Pass) -> Call:
+    from sklearn.metrics import pairwise_distances_argmin
+
+    x, codebook = inputs["x"].numpy(), inputs["codebook"].numpy()
+    return lambda: pairwise_distances_argmin(x, codebook)
+
+
+def faiss_flat(inputs: Inputs, which: Pass) -> Call:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    x, codebook = inputs["x"].float().numpy(), inputs["codebook"].float().numpy()
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook)
+    return lambda: index.search(x, 1)[1][:, 0]
+
+
+def faiss_gpu(inputs: Inputs, which: Pass) -> Call:
+    """The search over given vectors, without an index, on torch's tensors in place."""
+    import faiss
+    import faiss.contrib.torch_utils
+
+    resources = faiss.StandardGpuResources()
+    x, codebook = inputs["x"].float(), inputs["codebook"].float()
+    return lambda: faiss.knn_gpu(resources, x, codebook, 1)[1][:, 0]
+
+
+def flash_kmeans(inputs: Inputs, which: Pass) -> Call:
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    x, codebook = inputs["x"][None], inputs["codebook"][None]
+
+    def call() -> Tensor:
+        # The norms of rows belong to the search; those of the codes it computes itself.
+        return euclid_assign_triton(x, codebook, x.float().square().sum(-1))[0]
 
     return call
 
 
-def cdist(inputs: Inputs) -> Call:
-    return lambda: torch.cdist(inputs["x"], inputs["codebook"]).argmin(1)
+def cuvs_brute_force(inputs: Inputs, which: Pass) -> Call:
+    from cuvs.neighbors import brute_force
+
+    x, codebook = inputs["x"].float(), inputs["codebook"].float()
+    index = brute_force.build(codebook, metric="sqeuclidean")
+    neighbors = torch.empty(len(x), 1, dtype=torch.int64, device=x.device)
+    distances = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+
+    def call() -> Tensor:
+        brute_force.search(index, x, 1, neighbors=neighbors, distances=distances)
+        return neighbors[:, 0]
+
+    return call
 
 
-def sklearn_argmin(inputs: Inputs) -> Call:
-    from sklearn.metrics import pairwise_distances_argmin
+def raft_fused(inputs: Inputs, which: Pass) -> Call:
+    from pylibraft.distance import fused_l2_nn_argmin
 
-    if inputs["x"].is_cuda:
-        raise ImportError("scikit-learn runs on the CPU only")
-    x, codebook = inputs["x"].float().numpy(), inputs["codebook"].float().numpy()
-    return lambda: pairwise_distances_argmin(x, codebook)
+    x, codebook = inputs["x"].float(), inputs["codebook"].float()
+    out = torch.empty(len(x), dtype=torch.int32, device=x.device)
+
+    def call() -> Tensor:
+        fused_l2_nn_argmin(x, codebook, out)
+        return out
+
+    return call
 
 
-def faiss_flat(inputs: Inputs) -> Call:
-    import faiss
+def distances(inputs: Inputs, codes: Tensor, rows: int = 8192) -> Tensor:
+    """float64 squared distances of rows to the codes given, from differences."""
+    x, codebook = inputs["x"], inputs["codebook"].double()
+    blocks = (
+        (x[start : start + rows].double() - codebook[codes[start : start + rows]]).square().sum(1)
+        for start in range(0, len(x), rows)
+    )
+    return torch.cat(list(blocks))
 
-    if inputs["x"].is_cuda:
-        raise ImportError("only the CPU index is compared here")
-    x, codebook = inputs["x"].float().numpy(), inputs["codebook"].float().numpy()
-    index = faiss.IndexFlatL2(codebook.shape[1])
-    index.add(codebook)
-    return lambda: index.search(x, 1)
+
+def exact_distances(inputs: Inputs, rows: int = 8192) -> Tensor:
+    """The least float64 squared distance of every row."""
+    x, codebook = inputs["x"], inputs["codebook"].double()
+    norms = codebook.square().sum(1)
+    codes = [
+        torch.addmm(norms, x[start : start + rows].double(), codebook.T, alpha=-2).argmin(1)
+        for start in range(0, len(x), rows)
+    ]
+    return distances(inputs, torch.cat(codes)).cpu()
+
+
+def wrong_rows(inputs: Inputs, result: Any, least: Tensor) -> dict[str, float]:
+    """Share of rows whose code is farther than the nearest, in float64.
+
+    1e-12 is far above float64's rounding of these distances and far below float32's.
+    """
+    codes = torch.as_tensor(result, device=inputs["x"].device).long()
+    wrong = distances(inputs, codes) > least.to(codes.device) * (1 + 1e-12)
+    return {"wrong_rows": float(wrong.sum()), "wrong_share": float(wrong.double().mean())}
+
+
+def reranked(inputs: Inputs) -> dict[str, float]:
+    """Share of rows that the serving backend's screen left undecided, where it tells."""
+    x, codebook = inputs["x"], inputs["codebook"]
+    row = backends.resolve("nearest_code", backends.Request(x.device, x.dtype))
+    try:
+        search_with_stats = row.function("nearest_code_with_stats")
+    except AttributeError:
+        return {}
+    stats = search_with_stats(x[None], codebook[None], "l2")[2]
+    return {"reranked_share": stats.fraction_reranked}
+
+
+def cpu_goals(float32_units: float | None) -> dict[tuple[str, str, Pass], tuple[Goal, ...]]:
+    """Section 8 of the design, CPU: units of GEMM32 at D >= 256, FAISS elsewhere."""
+    first = (
+        Goal(1 / float32_units, UNITS["cpu"]) if float32_units else Goal(1.2, "FAISS"),
+        Goal(1.0, "every peer"),
+    )
+    screened = (Goal(1 / 0.8, UNITS["cpu"]),)
+    return {("cpu", "float32", FORWARD): first, ("cpu", "bfloat16", FORWARD): screened}
 
 
 ENTRY = Entry(
     op="nearest_code",
+    passes=(FORWARD,),
     shapes=(
-        Shape({"N": 8192, "D": 2048, "K": 128}, "hidden state of a 3B model, the paper's codebook"),
-        Shape({"N": 65536, "D": 64, "K": 1024}, "image tokenizer"),
-        Shape({"N": 8192, "D": 256, "K": 8192}, "large codebook"),
+        Shape(
+            {"N": 8192, "D": 2048, "K": 128},
+            "hidden state of a 3B model, the paper's codebook",
+            BOTH,
+            {
+                **cpu_goals(1.10),
+                ("cuda", "bfloat16", FORWARD): (
+                    Goal(at_most_us=13),
+                    Goal(1.8, "flash-kmeans"),
+                ),
+            },
+        ),
+        Shape(
+            {"N": 65536, "D": 64, "K": 1024},
+            "image tokenizer",
+            BOTH,
+            {
+                **cpu_goals(None),
+                ("cuda", "bfloat16", FORWARD): (
+                    Goal(at_most_us=22),
+                    Goal(1.5, "flash-kmeans"),
+                    Goal(3.0, "mm+argmin"),
+                ),
+            },
+        ),
+        Shape(
+            {"N": 8192, "D": 256, "K": 8192},
+            "large codebook",
+            {"cpu": BOTH["cpu"]},
+            cpu_goals(1.10),
+        ),
+        Shape(
+            {"N": 65536, "D": 16, "K": 1024},
+            "narrow codes",
+            {"cpu": BOTH["cpu"]},
+            cpu_goals(None),
+        ),
+        Shape(
+            {"N": 1_000_000, "D": 256, "K": 8192},
+            "a million rows, large codebook",
+            {"cuda": BOTH["cuda"]},
+            {
+                ("cuda", "bfloat16", FORWARD): (
+                    Goal(at_most_us=7100),
+                    Goal(1.0, UNITS["cuda"]),
+                    Goal(1.35, "flash-kmeans"),
+                    Goal(2.0, "mm+argmin"),
+                )
+            },
+        ),
     ),
     make_inputs=make_inputs,
-    ours=ours,
+    ours=forward_only(search),
+    unit=chunked_gemm,
     peers=(
-        Peer("gemm", chunked_gemm),
-        Peer("mm+argmin", mm_argmin),
-        Peer("cdist", cdist),
-        Peer("scikit-learn", sklearn_argmin),
-        Peer("faiss", faiss_flat),
+        Peer("FAISS", faiss_flat, "faiss-cpu", ("cpu",), note="float32 copies of bfloat16 input"),
+        Peer("mm+argmin", forward_only(mm_argmin)),
+        Peer("torch.compile", mm_argmin_compiled, note="of mm+argmin"),
+        Peer("cdist", forward_only(cdist), dtypes=("float32",)),
+        Peer("scikit-learn", sklearn_argmin, "scikit-learn", ("cpu",), ("float32",)),
+        Peer("flash-kmeans", flash_kmeans, "flash-kmeans", ("cuda",), note="float32 runs as TF32"),
+        Peer("FAISS GPU", faiss_gpu, "faiss-gpu", ("cuda",), own_stream=True, note="in float32"),
+        Peer("cuVS", cuvs_brute_force, "cuvs", ("cuda",), own_stream=True, note="in float32"),
+        Peer("RAFT fused", raft_fused, "pylibraft", ("cuda",), own_stream=True, note="in float32"),
     ),
-    bytes_moved=lambda s, dtype: (s["N"] + s["K"]) * s["D"] * dtype.itemsize + 8 * s["N"],
-    flops=lambda s: 2 * s["N"] * s["K"] * s["D"],
+    bytes_moved=lambda s, dtype, which: (
+        (s["N"] + s["K"]) * s["D"] * dtype.itemsize + 8 * s["N"] + 4 * s["N"]
+    ),
+    flops=lambda s, which: 2 * s["N"] * s["K"] * s["D"],
     tests="tests/ops/test_nearest_code.py",
+    truth=exact_distances,
+    check=wrong_rows,
+    stats=reranked,
 )
