@@ -11,6 +11,7 @@ from rich.table import Table
 from benchmarks.registry import OURS, UNITS
 from benchmarks.results import Row, key_of
 
+VERDICTS = {True: "met", False: "missed", None: "not measured"}
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 
@@ -36,9 +37,8 @@ def comparisons(row: Row) -> list[str]:
 
 
 def verdicts(row: Row) -> list[str]:
-    words = {True: "met", False: "missed", None: "not measured"}
     return [
-        f"{goal['goal']}: {words[goal['met']]}"
+        f"{goal['goal']}: {VERDICTS[goal['met']]}"
         + (f" ({goal['value']:.3g})" if goal["value"] is not None else "")
         for goal in row["goals"]
     ]
@@ -53,16 +53,13 @@ def quality_of(found: dict[str, Any]) -> str:
 
 
 def absences(rows: Iterable[Row]) -> list[str]:
-    """What took no part anywhere it might have, and why; each said once."""
-    reasons: dict[tuple[str, str], set[str]] = {}
+    """What took no part somewhere, by reason: nothing is left out silently."""
+    names: dict[str, dict[str, None]] = {}
     for row in rows:
         for name, found in row["contestants"].items():
             if found["status"] == "absent":
-                reasons.setdefault((name, found["reason"]), set()).add(row["op"])
-    return [
-        f"{name} ({', '.join(sorted(ops))}): {reason}"
-        for (name, reason), ops in sorted(reasons.items())
-    ]
+                names.setdefault(found["reason"], {})[f"{name} ({row['op']})"] = None
+    return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
 
 
 def table_of(rows: list[Row], machine: dict[str, Any]) -> Table:
@@ -105,8 +102,8 @@ def markdown(data: dict[str, Any], plot: str = "") -> str:
         f"(25th percentiles of interleaved rounds, one process each); {', '.join(units)} is the "
         "product of the same contraction and nothing else.",
         "",
-        "| op | pass | shape | dtype | ours, ms (median) | peers: time / ours |",
-        "|---|---|---|---|---|---|",
+        "| op | pass | shape | dtype | ours, ms (median) | peers: time / ours | goals |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown_row(group) for group in _grouped(rows)]
     lines += ["", *_wrong_codes(rows)]
@@ -148,7 +145,17 @@ def _markdown_row(group: list[Row]) -> str:
             compared.append(f"{name} failed")
     shape = sizes_of(first).replace("=", " ")
     cells = [f"`{first['op']}`", first["pass"], shape, first["dtype"], times, "; ".join(compared)]
+    cells.append("; ".join(_goals(group)))
     return "| " + " | ".join(cells) + " |"
+
+
+def _goals(group: list[Row]) -> list[str]:
+    """Each goal of the shape with its outcome per number of threads."""
+    outcomes: dict[str, list[str]] = {}
+    for row in group:
+        for goal in row["goals"]:
+            outcomes.setdefault(goal["goal"], []).append(VERDICTS[goal["met"]])
+    return [f"{goal}: {' / '.join(found)}" for goal, found in outcomes.items()]
 
 
 def _wrong_codes(rows: list[Row]) -> list[str]:

@@ -22,8 +22,8 @@ Clock = Callable[[Call], float]
 
 # Five times the L2 of an H200.
 FLUSH_BYTES = 256 * 2**20
-# A turn lasts about this long, at most so many calls; a call longer than the first number is
-# timed once per turn without an untimed call before it.
+# A turn lasts about this long, at most so many calls; a longer call is timed once per turn, without
+# an untimed call before it.
 TURN_MS, MAX_CALLS = 40.0, 64
 # Below this, launch overhead shows: the call is captured into a graph where that can be done.
 CAPTURE_BELOW_MS = 0.5
@@ -115,12 +115,16 @@ def calls_per_turn(call_ms: float) -> int:
     return max(1, min(MAX_CALLS, int(TURN_MS / max(call_ms, 1e-6))))
 
 
-def turn(call: Call, clock: Clock, count: int) -> list[float]:
-    """One contestant's turn: an untimed call to warm the caches, then ``count`` timed ones."""
+def turn(call: Call, clock: Clock, call_ms: float) -> list[float]:
+    """One contestant's turn: an untimed call to warm the caches, then timed ones.
+
+    Args:
+        call_ms: what a call is known to take, which says how many there are.
+    """
     gc.disable()
     try:
-        if count > 1:
+        if call_ms < TURN_MS:
             call()
-        return [clock(call) for _ in range(count)]
+        return [clock(call) for _ in range(calls_per_turn(call_ms))]
     finally:
         gc.enable()

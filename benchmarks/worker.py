@@ -23,7 +23,6 @@ from benchmarks.registry import OURS, UNITS, Call, Entry, Inputs, Pass, Shape, e
 from benchmarks.timing import (
     CAPTURE_BELOW_MS,
     Clock,
-    calls_per_turn,
     captured,
     clock_for,
     turn,
@@ -132,7 +131,7 @@ class Contestant:
         if self.prepared is None:
             return Failed("was not prepared")
         try:
-            return turn(self.prepared.call, self.prepared.clock, calls_per_turn(call_ms))
+            return turn(self.prepared.call, self.prepared.clock, call_ms)
         except Exception as error:  # noqa: BLE001 - as above
             self.release()
             return Failed(reason_of(error))

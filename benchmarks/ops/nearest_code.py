@@ -166,15 +166,19 @@ def reranked(inputs: Inputs) -> dict[str, float]:
     return {"reranked_share": stats.fraction_reranked}
 
 
-def cpu_goals(float32_units: float | None) -> dict[tuple[str, str, Pass], tuple[Goal, ...]]:
-    """Section 8 of the design, CPU: units of GEMM32 at D >= 256, FAISS elsewhere."""
-    first = (
-        Goal(1 / float32_units, UNITS["cpu"]) if float32_units else Goal(1.2, "FAISS"),
-        Goal(1.0, "every peer"),
-    )
-    screened = (Goal(1 / 0.8, UNITS["cpu"]),)
-    return {("cpu", "float32", FORWARD): first, ("cpu", "bfloat16", FORWARD): screened}
+SCREENED = Goal(1 / 0.8, UNITS["cpu"])
 
+
+def cpu_goals(*float32: Goal) -> dict[tuple[str, str, Pass], tuple[Goal, ...]]:
+    """Ahead of every peer in float32; a 16-bit screen takes at most 0.8 of the float32 product."""
+    return {
+        ("cpu", "float32", FORWARD): (*float32, Goal(1.0, "every peer")),
+        ("cpu", "bfloat16", FORWARD): (SCREENED,),
+    }
+
+
+WIDE = cpu_goals(Goal(1 / 1.10, UNITS["cpu"]), SCREENED)
+NARROW = cpu_goals(Goal(1.2, "FAISS"))
 
 ENTRY = Entry(
     op="nearest_code",
@@ -185,7 +189,7 @@ ENTRY = Entry(
             "hidden state of a 3B model, the paper's codebook",
             BOTH,
             {
-                **cpu_goals(1.10),
+                **WIDE,
                 ("cuda", "bfloat16", FORWARD): (
                     Goal(at_most_us=13),
                     Goal(1.8, "flash-kmeans"),
@@ -197,7 +201,7 @@ ENTRY = Entry(
             "image tokenizer",
             BOTH,
             {
-                **cpu_goals(None),
+                **NARROW,
                 ("cuda", "bfloat16", FORWARD): (
                     Goal(at_most_us=22),
                     Goal(1.5, "flash-kmeans"),
@@ -209,13 +213,13 @@ ENTRY = Entry(
             {"N": 8192, "D": 256, "K": 8192},
             "large codebook",
             {"cpu": BOTH["cpu"]},
-            cpu_goals(1.10),
+            WIDE,
         ),
         Shape(
             {"N": 65536, "D": 16, "K": 1024},
             "narrow codes",
             {"cpu": BOTH["cpu"]},
-            cpu_goals(None),
+            NARROW,
         ),
         Shape(
             {"N": 1_000_000, "D": 256, "K": 8192},
