@@ -276,6 +276,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LATENT_RL_HAS_CUDA
   bind_sample_codes_cuda(m);
   bind_segments_cuda(m);
+  bind_quantize_cuda(m);
 #endif
   m.def("logprobs_forward", &logprobs_forward);
   m.def("logprobs_backward", &logprobs_backward);

@@ -1,6 +1,7 @@
 """C++ and CUDA backends: addresses, sizes and strides in elements; see csrc/bindings.cpp."""
 
 has_cuda: bool
+QUANTIZE_BLOCKS: int
 
 def select_isa(name: str) -> None: ...
 def isa() -> str: ...
@@ -220,6 +221,46 @@ def segment_sum_cuda(
     num_codes: int,
     dim: int,
     row_stride: int,
+    stream: int,
+    /,
+) -> None: ...
+def quantize_forward_cuda(
+    dtype: int,
+    x: int,
+    codebook: int,
+    placed: int,
+    first: int,
+    quantized: int,
+    error: int,
+    sums: int,
+    perplexity: int,
+    partials: int,
+    block_errors: int,
+    rows: int,
+    num_codes: int,
+    dim: int,
+    x_row_stride: int,
+    stream: int,
+    /,
+) -> None: ...
+def quantize_backward_cuda(
+    dtype: int,
+    grad: int,
+    grad_commitment: int,
+    grad_codebook_loss: int,
+    x: int,
+    codebook: int,
+    codes: int,
+    counts: int,
+    sums: int,
+    dx: int,
+    dcodebook: int,
+    scales: int,
+    rows: int,
+    num_codes: int,
+    dim: int,
+    grad_row_stride: int,
+    x_row_stride: int,
     stream: int,
     /,
 ) -> None: ...

@@ -127,13 +127,17 @@ def _triton(op: str) -> Row:
     return Row("triton", f"latent_rl.kernels.{op}.triton_impl", _why_not_triton)
 
 
-def _cuda(op: str) -> Row:
-    return Row("cuda", f"latent_rl.native.{op}", _why_not_cuda, suffix="_cuda")
+def _cuda(op: str, module: str | None = None) -> Row:
+    return Row("cuda", f"latent_rl.native.{module or op}", _why_not_cuda, suffix="_cuda")
 
 
 _TABLE: dict[str, tuple[Row, ...]] = {
     "nearest_code": (_triton("nearest_code"), _native("nearest_code"), _reference("nearest_code")),
-    "quantize": (_native("quantize"), _reference("quantize")),
+    "quantize": (
+        _cuda("quantize", "quantize_cuda"),
+        _native("quantize"),
+        _reference("quantize"),
+    ),
     "gumbel_quantize": (_native("gumbel_quantize"), _reference("gumbel_quantize")),
     "gated_merge": (_native("gated_merge"), _reference("gated_merge")),
     "sample_codes": (_cuda("sample_codes"), _native("sample_codes"), _reference("sample_codes")),

@@ -116,8 +116,10 @@ __device__ void walk_tile(const SegmentTiles& tiles, int64_t tile, int64_t colum
   if (current >= 0) leave_sum<kWidth>(tiles, tile, column, current, sum);
 }
 
+// Two blocks per multiprocessor at the least: left to itself the compiler took 64 registers for the
+// float32 kernel, and spilled.
 template <typename T, int kWidth, typename Visitor>
-__global__ void __launch_bounds__(kSegmentThreads)
+__global__ void __launch_bounds__(kSegmentThreads, 2)
     _segment_tiles_kernel(SegmentTiles tiles, Visitor visitor) {
   const int64_t total = tiles.tiles * tiles.vectors;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kSegmentThreads;
