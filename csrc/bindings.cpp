@@ -33,7 +33,7 @@ void run(const char* name, void (*OpTable::*op)(const Args&, int), const Args& a
 
 void nearest_code(int dtype_code, int metric, Address x, Address codebook, Address codes,
                   Address distance, int64_t groups, int64_t rows, int64_t num_codes, int64_t dim,
-                  int64_t x_group_stride, int64_t x_row_stride, int threads) {
+                  int64_t x_group_stride, int64_t x_row_stride, Address counters, int threads) {
   const char* op = "nearest_code";
   const DType dtype = check_dtype(op, "x", dtype_code);
   const DType acc = accumulation(dtype);
@@ -50,7 +50,8 @@ void nearest_code(int dtype_code, int metric, Address x, Address codebook, Addre
       NearestArgs{dtype, static_cast<Metric>(metric), data(op, "x", x, total * dim, dtype),
                   data(op, "codebook", codebook, groups * num_codes * dim, dtype),
                   ids(op, "codes", codes, total), data(op, "distance", distance, total, acc),
-                  groups, rows, num_codes, dim, x_group_stride, x_row_stride},
+                  groups, rows, num_codes, dim, x_group_stride, x_row_stride,
+                  ids(op, "counters", counters, 0)},
       threads);
 }
 

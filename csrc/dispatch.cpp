@@ -16,10 +16,13 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 const OpTable& best() {
 #ifdef LATENT_RL_X86
+  if (has_avx512bf16()) return avx512bf16::table();
   if (has_avx512()) return avx512::table();
   if (has_avx2()) return avx2::table();
 #endif
@@ -32,10 +35,11 @@ const OpTable& named(const char* name) {
 #ifdef LATENT_RL_X86
   if (std::strcmp(name, "avx2") == 0 && has_avx2()) return avx2::table();
   if (std::strcmp(name, "avx512") == 0 && has_avx512()) return avx512::table();
+  if (std::strcmp(name, "avx512bf16") == 0 && has_avx512bf16()) return avx512bf16::table();
 #endif
   throw std::invalid_argument(
-      "the instruction set must be baseline, avx2 or avx512 and this processor must have it, got "
-      "'" +
+      "the instruction set must be baseline, avx2, avx512 or avx512bf16 and this processor must "
+      "have it, got '" +
       std::string(name) + "'");
 }
 

@@ -21,9 +21,12 @@ struct NearestArgs {
   const void* x;         // [G, N, D]
   const void* codebook;  // [G, K, D], contiguous
   int64_t* codes;        // [G, N]
-  void* distance;        // acc [G, N]
+  void* distance;        // acc [G, N], or null
   int64_t groups, rows, num_codes, dim;
   int64_t x_group_stride, x_row_stride;
+  // [3] or null; added to: rows whose screen left several codes, those of them screened again in
+  // float32 (after bfloat16), and rows that float64 decided. Zero for float64 input.
+  int64_t* counters = nullptr;
 };
 
 struct QuantizeForwardArgs {
@@ -171,8 +174,9 @@ struct OpTable {
   void (*philox_words)(int64_t seed, int64_t offset, int64_t count, uint32_t* words);
 };
 
-// Chooses the instruction set of every later call: baseline, avx2, avx512, or "" for the best this
-// processor has. Throws std::invalid_argument for a name it does not know or cannot run.
+// Chooses the instruction set of every later call: baseline, avx2, avx512, avx512bf16, or "" for
+// the best this processor has. Throws std::invalid_argument for a name it does not know or cannot
+// run.
 void select_isa(const char* name);
 
 const OpTable& op_table();

@@ -19,6 +19,7 @@ def nearest_code(
     dim: int,
     x_group_stride: int,
     x_row_stride: int,
+    counters: int,
     threads: int,
     /,
 ) -> None: ...

@@ -12,4 +12,7 @@ const OpTable& table();
 namespace avx512 {
 const OpTable& table();
 }
+namespace avx512bf16 {
+const OpTable& table();
+}
 }  // namespace latent_rl

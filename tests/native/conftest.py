@@ -9,7 +9,7 @@ import torch
 
 from latent_rl import _C
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
 def available_instruction_sets() -> list[str]:

@@ -31,6 +31,7 @@ def call_nearest(**changes: int) -> None:
         "dim": 8,
         "x_group_stride": 32,
         "x_row_stride": 8,
+        "counters": 0,
         "threads": 1,
     }
     _C.nearest_code(*{**arguments, **changes}.values())
@@ -101,7 +102,7 @@ def test_the_environment_forces_an_instruction_set(every_isa: list[str]) -> None
 def test_an_unknown_instruction_set_is_refused() -> None:
     done = isa_of_new_process("sse9")
     assert done.returncode != 0
-    assert "must be baseline, avx2 or avx512" in done.stderr
+    assert "must be baseline, avx2, avx512 or avx512bf16" in done.stderr
 
 
 FORK = """

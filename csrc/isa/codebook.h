@@ -1,0 +1,255 @@
+// A codebook as a search needs it: measured, centred, and packed in panels for a screen.
+#pragma once
+
+#include "isa/screen.h"
+#include "ops.h"
+
+namespace latent_rl {
+namespace LATENT_RL_ISA_NAME {
+
+template <typename T>
+struct Codebook {
+  Metric metric;
+  const T* codes;  // [K, D]
+  int64_t num_codes, dim;
+  double* norms;              // [K], Euclidean; 0 where a code is not finite
+  uint8_t* finite;            // [K]
+  float* centre;              // [D]: mean of the finite codes (of their directions, for cosine)
+  float* row_centre;          // [D]: what rows have subtracted; the centre for l2, zero otherwise
+  double norm_min, norm_max;  // of the finite codes that are not zero; kInf and 0 without any
+  bool any_finite;
+
+  // What a code is multiplied by before anything else.
+  double scale(int64_t code) const {
+    if (metric != Metric::kCosine) return 1.0;
+    return norms[code] > 0.0 ? 1.0 / norms[code] : 0.0;
+  }
+  double scale_max() const { return metric == Metric::kCosine ? 1.0 / norm_min : 1.0; }
+  // The greatest length of a scaled code.
+  double reach() const { return metric == Metric::kCosine ? 1.0 : norm_max; }
+};
+
+// The centred codes in the element of a screen, with their greatest norm, the greatest norm of what
+// rounding took from a code, and the greatest bias.
+template <typename E>
+struct Panels {
+  E* data;       // [panels, D rounded up to kColumns, kPanelCodes]
+  float* bias;   // [panels * kPanelCodes]; -inf marks a code that cannot be chosen
+  double* norm;  // [panels * kPanelCodes]
+  double* lost;  // [panels * kPanelCodes]
+  double norm_max, lost_max, bias_max;
+};
+
+constexpr int64_t kColumnSlab = 64;
+
+inline int64_t panel_count(int64_t num_codes) {
+  return (num_codes + kPanelCodes - 1) / kPanelCodes;
+}
+template <typename E>
+int64_t panel_columns(int64_t dim) {
+  constexpr int64_t kColumns = ScreenTraits<E>::kColumns;
+  return (dim + kColumns - 1) / kColumns * kColumns;
+}
+
+template <typename T>
+double square_norm(const T* row, int64_t dim) {
+  VecD sum = VecD{};
+  for (int64_t d = 0; d < dim; d += kLanesD) {
+    const VecD v = load_some(row + d, dim - d, 0.0);
+    sum += v * v;
+  }
+  return sum_lanes(sum);
+}
+
+template <typename T>
+bool all_finite(const T* row, int64_t dim) {
+  VecD zero = VecD{};
+  for (int64_t d = 0; d < dim; d += kLanesD) {
+    const VecD v = load_some(row + d, dim - d, 0.0);
+    zero += v - v;  // NaN where v is not finite
+  }
+  return sum_lanes(zero) == 0.0;
+}
+
+template <typename T>
+void measure_codes(Codebook<T>* book, int threads) {
+  const int64_t step = rows_per_task(book->num_codes, book->dim);
+  parallel_rows(book->num_codes, step, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t code = begin; code < end; ++code) {
+      const T* c = book->codes + code * book->dim;
+      book->finite[code] = all_finite(c, book->dim) ? 1 : 0;
+      book->norms[code] = book->finite[code] != 0 ? __builtin_sqrt(square_norm(c, book->dim)) : 0.0;
+    }
+  });
+  book->any_finite = false;
+  book->norm_min = kInf;
+  book->norm_max = 0.0;
+  for (int64_t code = 0; code < book->num_codes; ++code) {
+    const double norm = book->norms[code];
+    book->any_finite = book->any_finite || book->finite[code] != 0;
+    if (norm > book->norm_max) book->norm_max = norm;
+    if (norm > 0.0 && norm < book->norm_min) book->norm_min = norm;
+  }
+}
+
+// Any centre gives the same codes; the mean keeps what is rounded short.
+template <typename T>
+void centre_codes(Codebook<T>* book, int threads) {
+  const int64_t dim = book->dim;
+  const int64_t slabs = (dim + kColumnSlab - 1) / kColumnSlab;
+  const bool small = book->num_codes * dim < 20000;
+  parallel(slabs, small ? 1 : threads, [&](int64_t slab, int) {
+    const int64_t begin = slab * kColumnSlab;
+    const int64_t width = dim - begin < kColumnSlab ? dim - begin : kColumnSlab;
+    VecD sums[kColumnSlab / kLanesD] = {};
+    double count = 0.0;
+    for (int64_t code = 0; code < book->num_codes; ++code) {
+      if (book->finite[code] == 0) continue;
+      count += 1.0;
+      const T* c = book->codes + code * dim + begin;
+      const double scale = book->scale(code);
+      for (int64_t d = 0; d < width; d += kLanesD) {
+        sums[d / kLanesD] += load_some(c + d, width - d, 0.0) * scale;
+      }
+    }
+    const double inverse = count > 0.0 ? 1.0 / count : 0.0;
+    for (int64_t d = 0; d < width; d += kLanesD) {
+      store_some(book->centre + begin + d, sums[d / kLanesD] * inverse, width - d);
+    }
+  });
+  const size_t bytes = sizeof(float) * static_cast<size_t>(dim);
+  if (book->metric == Metric::kL2) {
+    memcpy(book->row_centre, book->centre, bytes);
+  } else {
+    memset(book->row_centre, 0, bytes);
+  }
+}
+
+// Rounds to the element of the screen and gives back the value kept.
+LRL_INLINE HalfF round_to(float* out, HalfF v) {
+  memcpy(out, &v, sizeof(v));
+  return v;
+}
+LRL_INLINE HalfF round_to(BF16* out, HalfF v) {
+  const HalfU32 bits = bit_cast<HalfU32>(v);
+  HalfU32 kept = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  // The multiplication reads subnormals as zero.
+  kept = (kept & 0x7f800000u) == 0u ? HalfU32{} : kept;
+  const QuarterU16 high = __builtin_convertvector(kept >> 16, QuarterU16);
+  memcpy(out, &high, sizeof(high));
+  return bit_cast<HalfF>(kept);
+}
+
+// Columns [begin, begin + width) of one code, centred and rounded; adds to its sums of squares.
+template <typename T, typename E>
+void pack_code(const Codebook<T>& book, int64_t code, int64_t begin, int64_t width, E* out,
+               VecD* squares, VecD* lost) {
+  const T* c = book.codes + code * book.dim + begin;
+  const double scale = book.scale(code);
+  for (int64_t d = 0; d < width; d += kLanesD) {
+    const VecD v = load_some(c + d, width - d, 0.0) * scale -
+                   load_some(book.centre + begin + d, width - d, 0.0);
+    const VecD kept = widen(round_to(out + d, __builtin_convertvector(v, HalfF)));
+    *squares += v * v;
+    *lost += (v - kept) * (v - kept);
+  }
+}
+
+template <typename T, typename E>
+void pack_panel(const Codebook<T>& book, const Panels<E>& panels, int64_t panel) {
+  constexpr int64_t kColumns = ScreenTraits<E>::kColumns;
+  const int64_t columns = panel_columns<E>(book.dim);
+  const int64_t first = panel * kPanelCodes;
+  VecD squares[kPanelCodes] = {};
+  VecD lost[kPanelCodes] = {};
+  E rows[kPanelCodes][kColumnSlab];
+  for (int64_t begin = 0; begin < columns; begin += kColumnSlab) {
+    const int64_t width = columns - begin < kColumnSlab ? columns - begin : kColumnSlab;
+    const int64_t real = book.dim - begin < width ? book.dim - begin : width;
+    memset(rows, 0, sizeof(rows));
+    for (int64_t j = 0; j < kPanelCodes; ++j) {
+      if (first + j >= book.num_codes || book.finite[first + j] == 0) continue;
+      pack_code(book, first + j, begin, real, rows[j], squares + j, lost + j);
+    }
+    E* out = panels.data + (panel * columns + begin) * kPanelCodes;
+    for (int64_t d = 0; d < width; d += kColumns) {
+      for (int64_t j = 0; j < kPanelCodes; ++j) {
+        memcpy(out, rows[j] + d, sizeof(E) * kColumns);
+        out += kColumns;
+      }
+    }
+  }
+  for (int64_t j = 0; j < kPanelCodes; ++j) {
+    const int64_t code = first + j;
+    const bool usable = code < book.num_codes && book.finite[code] != 0;
+    const double square = sum_lanes(squares[j]);
+    panels.norm[code] = __builtin_sqrt(square);
+    panels.lost[code] = __builtin_sqrt(sum_lanes(lost[j]));
+    const double bias = book.metric == Metric::kL2 ? -0.5 * square : 0.0;
+    panels.bias[code] = usable ? static_cast<float>(bias) : -__builtin_inff();
+  }
+}
+
+template <typename T, typename E>
+void pack_codebook(const Codebook<T>& book, Panels<E>* panels, int threads) {
+  const int64_t count = panel_count(book.num_codes);
+  parallel(count, book.num_codes * book.dim < 20000 ? 1 : threads,
+           [&](int64_t panel, int) { pack_panel(book, *panels, panel); });
+  panels->norm_max = panels->lost_max = 0.0;
+  for (int64_t code = 0; code < count * kPanelCodes; ++code) {
+    if (panels->norm[code] > panels->norm_max) panels->norm_max = panels->norm[code];
+    if (panels->lost[code] > panels->lost_max) panels->lost_max = panels->lost[code];
+  }
+  // Rounding of these sums themselves.
+  panels->norm_max *= 1.0 + 0x1p-30;
+  panels->lost_max *= 1.0 + 0x1p-30;
+  panels->bias_max = book.metric == Metric::kL2 ? 0.5 * panels->norm_max * panels->norm_max : 0.0;
+}
+
+// Memory of a codebook's measures and of its panels.
+class CodebookMemory {
+ public:
+  CodebookMemory(int64_t num_codes, int64_t dim)
+      : norms_(sizeof(double) * static_cast<size_t>(num_codes)),
+        finite_(static_cast<size_t>(num_codes)),
+        centres_(2 * sizeof(float) * static_cast<size_t>(dim)) {}
+
+  template <typename T>
+  void lend(Codebook<T>* book) const {
+    book->norms = static_cast<double*>(norms_.data());
+    book->finite = static_cast<uint8_t*>(finite_.data());
+    book->centre = static_cast<float*>(centres_.data());
+    book->row_centre = book->centre + book->dim;
+  }
+
+ private:
+  Scratch norms_, finite_, centres_;
+};
+
+template <typename E>
+class PanelMemory {
+ public:
+  PanelMemory(int64_t num_codes, int64_t dim)
+      : codes_(panel_count(num_codes) * kPanelCodes),
+        data_(sizeof(E) * static_cast<size_t>(codes_ * panel_columns<E>(dim))),
+        bias_(sizeof(float) * static_cast<size_t>(codes_)),
+        norms_(2 * sizeof(double) * static_cast<size_t>(codes_)) {}
+
+  Panels<E> panels() const {
+    double* norms = static_cast<double*>(norms_.data());
+    return {static_cast<E*>(data_.data()),
+            static_cast<float*>(bias_.data()),
+            norms,
+            norms + codes_,
+            0.0,
+            0.0,
+            0.0};
+  }
+
+ private:
+  int64_t codes_;
+  Scratch data_, bias_, norms_;
+};
+
+}  // namespace LATENT_RL_ISA_NAME
+}  // namespace latent_rl
