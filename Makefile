@@ -82,7 +82,12 @@ demo-test: $(VENV)/dev.stamp
 gpu-test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-bench: $(VENV)/dev.stamp
+# The peers that run on a CPU; those of a GPU come with the extra bench-cuda.
+$(VENV)/bench.stamp: $(VENV)/dev.stamp
+	$(PIP) install -q -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(VENV)/bench.stamp
 	$(BIN)/latent-rl bench $(BENCH_ARGS)
 
 clean:

@@ -16,6 +16,7 @@ from benchmarks.machine import ROOT, describe
 from benchmarks.profile import Target
 from benchmarks.profile import profile as profile_target
 from benchmarks.registry import OURS, Pass, entries
+from benchmarks.results import Point
 from benchmarks.run import Options
 from benchmarks.run import run as run_points
 
@@ -119,7 +120,6 @@ def verify(
     baseline: Annotated[Path | None, typer.Option(help="the newest of this machine")] = None,
     fresh: Annotated[Path | None, typer.Option(help="compare this file, measure nothing")] = None,
     label: Label = "",
-    threads: Annotated[str, typer.Option(help="comma-separated, on a CPU")] = "1",
     budget_s: Annotated[float, typer.Option(help="seconds of turns a row may take")] = 5.0,
 ) -> None:
     """Test the ops, measure again, compare with the baseline of the same machine.
@@ -132,12 +132,12 @@ def verify(
         # Told before anything is measured.
         verification.check_same_machine(past, {"machine": machine.as_dict()})
         chosen = split(ops) or sorted({row["op"] for row in past["rows"]})
+        plan = verification.plan_of(past, chosen)
         for op in chosen:
             verification.check_tests(op)
-        if fresh is None:
-            now = measured_again(device, chosen, threads, budget_s, label)
-        else:
-            now = results.load(fresh)
+        # Ours and the unit alone: peers have no say in whether we got slower.
+        options = Options(device=device, ops=chosen, peers=[], budget_s=budget_s, label=label)
+        now = measured_again(options, plan) if fresh is None else results.load(fresh)
         verdicts = verification.compare(past, now)
     except verification.OpTestsError as error:
         raise refuse(error, TESTS_FAIL) from error
@@ -148,16 +148,9 @@ def verify(
     raise typer.Exit(SLOWER if any(verdict.slower for verdict in verdicts) else 0)
 
 
-def measured_again(
-    device: str, ops: list[str], threads: str, budget_s: float, label: str
-) -> dict[str, object]:
-    """Ours and the unit alone: peers have no say in whether we got slower."""
-    counts = tuple(int(n) for n in threads.split(",")) if device == "cpu" else (1,)
-    options = Options(
-        device=device, ops=ops, peers=[], threads=counts, budget_s=budget_s, label=label
-    )
+def measured_again(options: Options, plan: list[Point]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
-        return run_points(options, Path(folder) / "fresh.json", typer.echo).data
+        return run_points(options, Path(folder) / "fresh.json", typer.echo, plan=plan).data
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from benchmarks.worker import Failed, Ready, Task, serve
 
 # A call this slow takes part in few rounds: its relative noise is small and its time is not.
-SLOW_MS, SLOW_ROUNDS = 1000.0, 3
+SLOW_MS, SLOW_ROUNDS = 500.0, 3
 MIN_ROUNDS = 5
 
 # Imported once, by the server that processes are forked from: nothing of a peer's.
@@ -128,7 +128,7 @@ def interleave(
     """Every contestant takes one turn per round, so that drift of the machine hits all alike.
 
     The order rotates. Ends after ``rounds`` rounds, or after ``budget_s`` seconds and at least
-    five rounds; contestants slower than a second a call leave after three.
+    five rounds; contestants slower than half a second a call leave after three.
     """
     samples: dict[str, list[float] | Failed] = {name: [] for name in ready}
     # The least seen so far: one disturbed call must not pass a contestant off as slow.

@@ -158,8 +158,17 @@ def alone(
     return replace(answer, remark="measured alone: out of memory beside the others"), times[name]
 
 
-def run(options: Options, path: Path | None, say: Say, fresh: bool = False) -> Results:
+def run(
+    options: Options,
+    path: Path | None,
+    say: Say,
+    fresh: bool = False,
+    plan: list[Point] | None = None,
+) -> Results:
     """Measure what is selected and not yet in the result file, saving after every row.
+
+    Args:
+        plan: the rows to measure, in place of those that the options select.
 
     Raises:
         ValueError: for an unknown op, peer, dtype, pass or shape.
@@ -170,12 +179,13 @@ def run(options: Options, path: Path | None, say: Say, fresh: bool = False) -> R
     done = Results(path, machine)
     if not fresh and (count := done.resume()):
         say(f"resuming {path.name}: {count} rows are there already")
-    plan = [p for threads in options.threads for p in points(options, threads)]
+    if plan is None:
+        plan = [p for threads in options.threads for p in points(options, threads)]
     if not plan:
         raise ValueError(f"shapes: nothing to measure on {options.device} for these options")
     todo = [point for point in plan if not done.holds(point)]
     with tempfile.TemporaryDirectory() as scratch:
-        for threads in options.threads:
+        for threads in sorted({point.threads for point in todo}):
             mine = [point for point in todo if point.threads == threads]
             if mine:
                 _run_group(mine, options, done, Path(scratch), say, len(todo))

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.machine import ROOT, Machine
-from benchmarks.registry import OURS, UNITS, entries
-from benchmarks.results import IDENTITY, Key, Row, key_of
+from benchmarks.registry import OURS, UNITS, Pass, Shape, entries
+from benchmarks.results import IDENTITY, Key, Point, Row, key_of
 from benchmarks.timing import Timing
 
 # Below this a difference is never called a change: clocks and neighbours move a run by as much.
@@ -112,17 +112,46 @@ def check_tests(op: str) -> None:
         raise OpTestsError(f"{op}: {path} fails, so its timings mean nothing:\n{tail}")
 
 
-def relative_time(row: Row) -> float | None:
-    """Our 25th percentile as a multiple of something measured in the same run.
+def plan_of(baseline: dict[str, Any], ops: list[str]) -> list[Point]:
+    """The rows of a baseline, to be measured again.
 
-    The unit of the row where it has one, else the time its roof allows: a machine that is slower
-    today is slower in both.
+    Raises:
+        RefusedError: when it holds none of the ops.
     """
-    ours = results.p25_ms(row, OURS)
-    if ours is None:
+    plan = [
+        Point(
+            row["op"],
+            Shape(row["shape"], row["note"]),
+            Pass(row["pass"]),
+            row["dtype"],
+            row["device"],
+            row["threads"],
+        )
+        for row in baseline["rows"]
+        if row["op"] in ops
+    ]
+    if not plan:
+        raise RefusedError(f"ops: the baseline holds no row of {ops}")
+    return plan
+
+
+def ratio_of(past: Row, row: Row) -> float | None:
+    """Our time over the baseline's; None where the baseline has none.
+
+    With a unit, both are taken relative to it: a machine that is slower today is slower in both.
+    Without one only the roofs can tell such a day, less surely: a row is then as slow as the more
+    lenient of its plain time and its time relative to the roof.
+    """
+    then, now = results.p25_ms(past, OURS), results.p25_ms(row, OURS)
+    if then is None:
         return None
-    unit = results.p25_ms(row, UNITS[row["device"]])
-    return ours / (row["roof_ms"] if unit is None else unit)
+    if now is None:
+        # An op that worked and no longer does.
+        return float("inf")
+    units = [results.p25_ms(r, UNITS[r["device"]]) for r in (past, row)]
+    if units[0] is not None and units[1] is not None:
+        return (now / units[1]) / (then / units[0])
+    return min(now / then, (now / row["roof_ms"]) / (then / past["roof_ms"]))
 
 
 def spread(row: Row) -> float:
@@ -143,13 +172,10 @@ def compare(baseline: dict[str, Any], fresh: dict[str, Any]) -> list[Verdict]:
     verdicts = []
     for row in fresh["rows"]:
         past = before.get(key_of(row))
-        then = None if past is None else relative_time(past)
-        if past is None or then is None:
+        ratio = None if past is None else ratio_of(past, row)
+        if past is None or ratio is None:
             continue
-        now = relative_time(row)
-        # An op that worked and no longer does is infinitely slower.
-        ratio = float("inf") if now is None else now / then
-        tolerance = max(LEAST_TOLERANCE, spread(past) + (0.0 if now is None else spread(row)))
+        tolerance = max(LEAST_TOLERANCE, spread(past) + spread(row))
         verdicts.append(Verdict(key_of(row), ratio, tolerance))
     if not verdicts:
         raise RefusedError("rows: the baseline and this run have no row in common")

@@ -35,9 +35,14 @@ class TestCompare:
         (verdict,) = compare(make_data(ours=noisy, gemm=40.0), make_data(ours=noisy, gemm=40.0))
         assert verdict.tolerance == pytest.approx(2 * 5 / 50)
 
-    def test_without_a_unit_the_roof_is_the_measure(self, make_data) -> None:
+    def test_without_a_unit_a_row_is_slow_if_its_time_and_its_share_are(self, make_data) -> None:
         before, after = make_data(ours=50.0), make_data(ours=60.0)
         assert compare(before, after)[0].ratio == pytest.approx(1.2)
+        after["rows"][0]["roof_ms"] *= 1.2  # the whole machine is slower today
+        assert compare(before, after)[0].ratio == pytest.approx(1.0)
+        same = make_data(ours=50.0)
+        same["rows"][0]["roof_ms"] /= 1.2  # only the copy was faster
+        assert compare(before, same)[0].ratio == pytest.approx(1.0)
 
     def test_an_op_that_no_longer_runs_is_slower(self, make_data) -> None:
         (verdict,) = compare(make_data(ours=50.0, gemm=40.0), make_data(ours="no", gemm=40.0))
@@ -137,11 +142,18 @@ class TestExitCodes:
     def test_it_measures_ours_and_the_unit_alone(self, files: Path, monkeypatch) -> None:
         seen = {}
 
-        def run(options, path, say):
-            seen["peers"], seen["ops"] = options.peers, options.ops
+        def run(options, path, say, plan):
+            seen["peers"], seen["plan"] = options.peers, [point.key for point in plan]
             return type("Done", (), {"data": results.load(files / "same.json")})
 
         monkeypatch.setattr(command_line, "run_points", run)
         arguments = ["verify", "--baseline", str(files / "base.json")]
         assert CliRunner().invoke(command_line.app, arguments).exit_code == 0
-        assert seen == {"peers": [], "ops": ["nearest_code"]}
+        key = ("nearest_code", "N=8192 D=2048 K=128", "forward", "float32", 1)
+        assert seen == {"peers": [], "plan": [key]}
+
+    def test_ops_that_the_baseline_lacks_are_refused(self, files: Path) -> None:
+        arguments = ["verify", "--baseline", str(files / "base.json"), "--ops", "quantize"]
+        done = CliRunner().invoke(command_line.app, arguments)
+        assert done.exit_code == 2
+        assert "the baseline holds no row of ['quantize']" in done.output
