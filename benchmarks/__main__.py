@@ -80,9 +80,12 @@ def run(
         done = run_points(options, output, typer.echo, fresh)
     except ValueError as error:
         raise refuse(error) from error
-    present(done.path, summary)
+    if done.data["rows"]:
+        present(done.path, summary)
+    for line in done.broken:
+        typer.echo(f"not measured: {line}", err=True)
     failed = [row for row in done.data["rows"] if row["contestants"][OURS]["status"] != "measured"]
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(1 if failed or done.broken else 0)
 
 
 def present(path: Path, summary: Path | None) -> None:

@@ -131,6 +131,7 @@ class Entry:
         unit: the call whose time is 1 in tables, see ``UNITS``, or None.
         truth: an exact result of the inputs, computed once per row, for ``check``.
         check: quality of a call's result as numbers, given the truth.
+        hard: the same inputs made hard to get right, checked like the others but not timed.
         stats: numbers our own call reports about its work.
     """
 
@@ -146,6 +147,7 @@ class Entry:
     unit: Make | None = None
     truth: Callable[[Inputs], Tensor] | None = None
     check: Callable[[Inputs, Any, Tensor], dict[str, float]] | None = None
+    hard: Callable[[Inputs], Inputs] | None = None
     stats: Callable[[Inputs], dict[str, float]] | None = None
 
     def contestants(self) -> tuple[Peer, ...]:

@@ -47,6 +47,8 @@ def verdicts(row: Row) -> list[str]:
 def quality_of(found: dict[str, Any]) -> str:
     quality = found.get("quality", {})
     words = [f"{100 * quality['wrong_share']:.2g} % wrong"] if "wrong_share" in quality else []
+    if "hard_wrong_share" in quality:
+        words[-1] += f" ({100 * quality['hard_wrong_share']:.2g} % offset)"
     if "reranked_share" in quality:
         words.append(f"{100 * quality['reranked_share']:.2g} % re-ranked")
     return ", ".join(words)
@@ -172,7 +174,7 @@ def _wrong_codes(rows: list[Row]) -> list[str]:
             listed = "; ".join(f"{name} {words}" for name, words in found.items())
             lines.append(f"| {sizes_of(row).replace('=', ' ')} | {row['dtype']} | {listed} |")
     if lines:
-        heading = "| nearest code against float64 | dtype | rows with a wrong code |"
+        heading = "| nearest code | dtype | wrong by float64 (the same data with an offset of 8) |"
         lines = [heading, "|---|---|---|", *lines]
     return lines
 

@@ -54,10 +54,11 @@ def key_of(row: Row) -> Key:
 
 
 class Results:
-    """A result file being filled."""
+    """A result file being filled; ``broken`` tells of rows that could not be measured at all."""
 
     def __init__(self, path: Path, machine: Machine) -> None:
         self.path = path
+        self.broken: list[str] = []
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": machine.as_dict(),

@@ -203,7 +203,12 @@ def _run_group(
             done.data["ceilings"][str(threads)] = group.ceilings(options.device, dtypes)
         ceilings = done.data["ceilings"][str(threads)]
         for index, point in enumerate(mine, 1):
-            row = measure(point, group, options, ceilings, scratch)
+            try:
+                row = measure(point, group, options, ceilings, scratch)
+            except Exception as error:  # noqa: BLE001 - one broken row must not cost the others
+                done.broken.append(f"{point}: {type(error).__name__}: {error}")
+                say(f"[{index}/{len(mine)} of {total}] {done.broken[-1]}")
+                continue
             done.add(row)
             ours = results.p25_ms(row, OURS)
             outcome = "failed" if ours is None else f"{ours:.3g} ms"

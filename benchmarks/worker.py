@@ -158,17 +158,22 @@ def check(entry: Entry, task: Task, inputs: Inputs, result: Any) -> dict[str, fl
     quality: dict[str, float] = {}
     checked = task.contestant not in UNITS.values()
     if checked and entry.truth is not None and entry.check is not None:
-        truth = truth_of(entry.truth, task, inputs)
+        truth = truth_of(entry.truth, task, inputs, "plain")
         quality |= entry.check(inputs, result, truth)
+        if entry.hard is not None:
+            hard = entry.hard(inputs)
+            answer = entry.contestant(task.contestant).make(hard, task.which)()
+            truth = truth_of(entry.truth, task, hard, "hard")
+            found = entry.check(hard, answer, truth)
+            quality |= {f"hard_{name}": value for name, value in found.items()}
     if entry.stats is not None and task.contestant == OURS:
         quality |= entry.stats(inputs)
     return quality
 
 
-def truth_of(truth: Callable[[Inputs], Tensor], task: Task, inputs: Inputs) -> Tensor:
+def truth_of(truth: Callable[[Inputs], Tensor], task: Task, inputs: Inputs, which: str) -> Tensor:
     """The exact result, computed by whoever needs it first; contestants prepare one by one."""
-    name = f"{task.op}-{task.shape}-{task.dtype}.pt".replace(" ", "-").replace("=", "")
-    path = task.scratch / name
+    path = task.scratch / f"{task.op}-{task.shape.tag}-{task.dtype}-{which}.pt"
     if not path.exists():
         torch.save(truth(inputs), path)
     return torch.load(path, weights_only=True).to(task.device)

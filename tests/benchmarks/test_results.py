@@ -156,9 +156,9 @@ class TestReport:
         data = make_data(ours=50.0, mm=100.0)
         found = data["rows"][0]["contestants"]
         found["latent_rl"]["quality"] = {"wrong_share": 0.0, "reranked_share": 0.031}
-        found["mm+argmin"]["quality"] = {"wrong_share": 0.0066}
+        found["mm+argmin"]["quality"] = {"wrong_share": 0.0066, "hard_wrong_share": 0.18}
         text = report.markdown(data)
-        assert "latent_rl 0 % wrong, 3.1 % re-ranked; mm+argmin 0.66 % wrong" in text
+        assert "latent_rl 0 % wrong, 3.1 % re-ranked; mm+argmin 0.66 % wrong (18 % offset)" in text
 
     def test_only_what_is_between_the_markers_changes(self, tmp_path) -> None:
         path = tmp_path / "README.md"

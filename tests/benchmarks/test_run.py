@@ -74,7 +74,7 @@ class TestContestant:
         contestant = Contestant(threads=1)
         answer = contestant.prepare(task(scratch=tmp_path))
         assert isinstance(answer, Ready)
-        assert answer.quality["wrong_rows"] == 0
+        assert answer.quality["wrong_rows"] == answer.quality["hard_wrong_rows"] == 0
         times = contestant.turn(answer.call_ms)
         assert isinstance(times, list)
         assert min(times) > 0
@@ -164,3 +164,21 @@ def test_a_tiny_run_end_to_end(tmp_path: Path, machine, monkeypatch) -> None:
     assert again.exit_code == 0
     assert "resuming out.json: 1 rows are there already" in again.output
     assert len(results.load(output)["rows"]) == 1
+
+
+@pytest.mark.usefixtures("quick_roofs")
+def test_a_broken_row_costs_no_other(tmp_path: Path, machine, make_row, monkeypatch) -> None:
+    monkeypatch.setattr(running, "describe", lambda device, label: machine)
+
+    def measure(point, *rest):
+        if point.shape.tag == "8x8x8":
+            raise KeyError("no such thing")
+        return make_row(ours=50.0, gemm=40.0)
+
+    monkeypatch.setattr(running, "measure", measure)
+    arguments = ["run", "--ops", "nearest_code", "--shapes", "8x8x8,8192x2048x128"]
+    arguments += ["--dtype", "float32", "--output", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(command_line.app, arguments)
+    assert done.exit_code == 1
+    assert "not measured: nearest_code forward N=8 D=8 K=8" in done.output
+    assert len(results.load(tmp_path / "out.json")["rows"]) == 1
