@@ -1,6 +1,10 @@
 // Gumbel noise from the Philox stream of common/philox.h, eight blocks of four words at a time.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>  // its functions are always inlined, so no copy can reach the linker
+#endif
+
 #include "common/philox.h"
 #include "isa/vec.h"
 
@@ -14,29 +18,70 @@ struct PhiloxKey {
   uint64_t offset;
 };
 
-// The 32 words of codes [32 * block, 32 * block + 32), in the order of the codes.
-LRL_INLINE void philox_block(PhiloxKey key, int64_t block, uint32_t* words) {
+// The 64-bit products of the low 32 bits of each lane: one instruction where a 64-bit
+// multiplication takes three or more.
+LRL_INLINE VecU64 multiply32(VecU64 a, uint32_t factor) {
+#if defined(__AVX512F__)
+  // The masked form keeps GCC from warning about the undefined operand of the plain one.
+  return bit_cast<VecU64>(
+      _mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(a), _mm512_set1_epi64(factor)));
+#elif defined(__AVX2__)
+  HalfI64 low, high;
+  split(a, &low, &high);
+  const __m256i by = _mm256_set1_epi64x(factor);
+  const __m256i products[2] = {_mm256_mul_epu32(bit_cast<__m256i>(low), by),
+                               _mm256_mul_epu32(bit_cast<__m256i>(high), by)};
+  return bit_cast<VecU64>(products);
+#elif defined(__SSE2__)
+  __m128i parts[4];
+  memcpy(parts, &a, sizeof(parts));
+  const __m128i by = _mm_set1_epi64x(factor);
+  for (int part = 0; part < 4; ++part) parts[part] = _mm_mul_epu32(parts[part], by);
+  return bit_cast<VecU64>(parts);
+#else
+  return (a & 0xffffffffULL) * static_cast<uint64_t>(factor);
+#endif
+}
+
+struct PhiloxWords {
+  VecU64 word[4];  // 32 bits in each lane
+};
+
+// The four words of eight counters: counter (block, offset low, offset high, 0) in each lane.
+LRL_INLINE PhiloxWords philox_words_of(PhiloxKey key, VecU64 block) {
   const VecU64 low32 = VecU64{} + 0xffffffffULL;
-  const VecU64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  VecU64 c0 = (lane + static_cast<uint64_t>(block) * 8) & low32;
+  // Bits above the low 32 of c0 and c2 do no harm until the end: a product does not read them.
+  VecU64 c0 = block;
   VecU64 c1 = VecU64{} + (key.offset & 0xffffffffULL);
   VecU64 c2 = VecU64{} + (key.offset >> 32);
   VecU64 c3 = VecU64{};
   uint32_t k0 = static_cast<uint32_t>(key.seed);
   uint32_t k1 = static_cast<uint32_t>(key.seed >> 32);
   for (int round = 0; round < philox::kRounds; ++round) {
-    const VecU64 p0 = c0 * static_cast<uint64_t>(philox::kMultiplier0);
-    const VecU64 p1 = c2 * static_cast<uint64_t>(philox::kMultiplier1);
+    const VecU64 p0 = multiply32(c0, philox::kMultiplier0);
+    const VecU64 p1 = multiply32(c2, philox::kMultiplier1);
     c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
     c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
-    c1 = p1 & low32;
-    c3 = p0 & low32;
+    c1 = p1;
+    c3 = p0;
     k0 += philox::kWeyl0;
     k1 += philox::kWeyl1;
   }
+  return {{c0 & low32, c1 & low32, c2 & low32, c3 & low32}};
+}
+
+// 32 words in the order of their codes, eight to a part.
+struct NoiseBlock {
+  HalfU32 part[kNoiseBlock / kLanesD];
+};
+
+// The words of codes [32 * block, 32 * block + 32).
+LRL_INLINE NoiseBlock philox_block(PhiloxKey key, int64_t block) {
+  const VecU64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  const PhiloxWords w = philox_words_of(key, lane + static_cast<uint64_t>(block) * 8);
   // Words 0 and 1, and words 2 and 3, of each counter side by side; then counter after counter.
-  const VecU64 front = c0 | (c1 << 32);
-  const VecU64 back = c2 | (c3 << 32);
+  const VecU64 front = w.word[0] | (w.word[1] << 32);
+  const VecU64 back = w.word[2] | (w.word[3] << 32);
 #if defined(__clang__)
   const VecU64 first = __builtin_shufflevector(front, back, 0, 8, 1, 9, 2, 10, 3, 11);
   const VecU64 second = __builtin_shufflevector(front, back, 4, 12, 5, 13, 6, 14, 7, 15);
@@ -44,37 +89,53 @@ LRL_INLINE void philox_block(PhiloxKey key, int64_t block, uint32_t* words) {
   const VecU64 first = __builtin_shuffle(front, back, VecU64{0, 8, 1, 9, 2, 10, 3, 11});
   const VecU64 second = __builtin_shuffle(front, back, VecU64{4, 12, 5, 13, 6, 14, 7, 15});
 #endif
-  memcpy(words, &first, sizeof(first));
-  memcpy(words + 16, &second, sizeof(second));
+  NoiseBlock out;
+  split(first, &out.part[0], &out.part[1]);
+  split(second, &out.part[2], &out.part[3]);
+  return out;
 }
 
-LRL_INLINE VecD gumbel_of_words(const uint32_t* words) {
-  HalfU32 r;
-  memcpy(&r, words, sizeof(r));
-  const VecU64 bits = __builtin_convertvector(r, VecU64) | 0x4330000000000000ULL;
-  const VecD u = (bit_cast<VecD>(bits) - 0x1p52 + 0.5) * 0x1p-32;
+LRL_INLINE VecU64 widen(HalfU32 v) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_cvtepu32_epi64(0xff, bit_cast<__m256i>(v)));
+#else
+  return __builtin_convertvector(v, VecU64);
+#endif
+}
+
+LRL_INLINE VecD gumbel(VecU64 word) {
+  const VecD u = (bit_cast<VecD>(word | 0x4330000000000000ULL) - 0x1p52 + 0.5) * 0x1p-32;
   return -log(-log(u));
 }
 
-// An upper bound of gumbel_of_words without a logarithm. -log(u) > 1 - u = v, so G < -log(v), and
-// -log(v) <= -ln 2 * floor(log2 v). The slack covers the rounding of the float64 logarithms.
-LRL_INLINE VecD gumbel_bound(const uint32_t* words) {
-  HalfU32 r;
-  memcpy(&r, words, sizeof(r));
-  // v = (~r + 0.5) * 2^-32; floor(log2(~r + 0.5)) is the exponent of the double.
-  const VecU64 bits = __builtin_convertvector(~r, VecU64) | 0x4330000000000000ULL;
-  const VecU64 exponent = bit_cast<VecU64>(bit_cast<VecD>(bits) - 0x1p52 + 0.5) >> 52;
-  const VecD biased = bit_cast<VecD>(exponent | 0x4330000000000000ULL) - 0x1p52;
-  return (32.0 + 1023.0 - biased) * 0x1.62e42fefa39fp-1 + 1e-9;
+// The noise of the codes in `ids`, each below 2^31.
+LRL_INLINE VecD gumbel_of_codes(PhiloxKey key, VecU64 ids) {
+  const PhiloxWords w = philox_words_of(key, ids >> 2);
+  const VecU64 odd = VecU64{} - (ids & 1);
+  const VecU64 upper = VecU64{} - ((ids >> 1) & 1);
+  const VecU64 front = (w.word[0] & ~odd) | (w.word[1] & odd);
+  const VecU64 back = (w.word[2] & ~odd) | (w.word[3] & odd);
+  return gumbel((front & ~upper) | (back & upper));
+}
+
+// An upper bound of gumbel(widen(word)) without a logarithm, at most 0.06 above it where it matters
+// (u near 1). -log(u) > 1 - u = v, so G < -log(v); and as log2 is concave, v = 2^e (1 + f) has
+// log2(v) >= e + f, which is the double's bit pattern read as a fixed-point number. The slack
+// covers the rounding of the float64 logarithms.
+LRL_INLINE VecD gumbel_bound(HalfU32 word) {
+  // v = (~word + 0.5) * 2^-32.
+  const VecU64 bits = widen(~word) | 0x4330000000000000ULL;
+  const VecU64 pattern = bit_cast<VecU64>(bit_cast<VecD>(bits) - 0x1p52 + 0.5) >> 20;
+  const VecD biased = bit_cast<VecD>(pattern | 0x4330000000000000ULL) - 0x1p52;
+  return (0x1p32 * (32.0 + 1023.0) - biased) * 0x1.62e42fefa39fp-33 + 1e-9;
 }
 
 // noise[k] for k in [0, count), count rounded up to 32 by the caller's buffer.
 inline void gumbel_noise(PhiloxKey key, int64_t count, double* noise) {
-  uint32_t words[kNoiseBlock];
   for (int64_t k = 0; k < count; k += kNoiseBlock) {
-    philox_block(key, k / kNoiseBlock, words);
-    for (int64_t part = 0; part < kNoiseBlock; part += kLanesD) {
-      store8(noise + k + part, gumbel_of_words(words + part));
+    const NoiseBlock words = philox_block(key, k / kNoiseBlock);
+    for (int64_t part = 0; part < kNoiseBlock / kLanesD; ++part) {
+      store8(noise + k + part * kLanesD, gumbel(widen(words.part[part])));
     }
   }
 }

@@ -44,6 +44,14 @@ struct SoftmaxSums {
   double logprob(double v) const { return v - top - log_mass; }
 };
 
+// The mass alone. `row` holds float or double and is readable up to padded(num_codes).
+template <typename S>
+inline double softmax_mass(const S* row, int64_t num_codes, double top) {
+  VecD mass = VecD{};
+  for (int64_t k = 0; k < num_codes; k += kLanesD) mass += exp(load8(row + k) - top);
+  return sum_lanes(mass);
+}
+
 inline SoftmaxSums softmax_sums(const double* row, int64_t num_codes, double top) {
   VecD mass = VecD{};
   VecD weighted = VecD{};
@@ -73,6 +81,15 @@ struct ArgMax {
     index = better ? lane + first : index;
   }
 
+  // As add, when later calls may bring lower indices.
+  LRL_INLINE void add_unordered(VecD score, int64_t first) {
+    const VecI64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    const VecI64 at = lane + first;
+    const VecI64 better = (score > best) | ((score == best) & (at < index));
+    best = better ? score : best;
+    index = better ? at : index;
+  }
+
   LRL_INLINE int64_t lowest() const {
     int64_t at = -1;
     double top = -kInf;
@@ -93,35 +110,49 @@ inline int64_t argmax(const double* row, int64_t num_codes) {
   return running.lowest();
 }
 
-LRL_INLINE bool any_lane(VecI64 mask) {
-  int64_t lanes[kLanesD];
-  memcpy(lanes, &mask, sizeof(mask));
-  return ((lanes[0] | lanes[1]) | (lanes[2] | lanes[3]) | (lanes[4] | lanes[5]) |
-          (lanes[6] | lanes[7])) != 0;
-}
-
-// argmax of row + Gumbel noise; -inf entries are never chosen. `words` has room for
-// padded(num_codes) entries.
+// argmax of row + Gumbel noise; -inf entries are never chosen. `scratch` has room for
+// padded(num_codes) 32-bit entries.
 //
-// Most codes cannot win whatever their noise's exact value: the code with the greatest upper bound
-// is scored first, and then only the vectors of codes in which some bound reaches the best score so
-// far.
+// Most codes cannot win whatever their noise's exact value. The first pass keeps a bound of the
+// scores for each lane of each block of 32 codes; the block with the greatest is scored, and then
+// only vectors of codes in which some bound reaches the best score so far.
 inline int64_t argmax_with_noise(const double* row, int64_t num_codes, PhiloxKey key,
-                                 uint32_t* words) {
-  ArgMax bounds;
-  for (int64_t k = 0; k < num_codes; k += kNoiseBlock) {
-    philox_block(key, k / kNoiseBlock, words + k);
-    for (int64_t part = k; part < k + kNoiseBlock; part += kLanesD) {
-      bounds.add(load8(row + part) + gumbel_bound(words + part), part);
+                                 uint32_t* scratch) {
+  constexpr int64_t kParts = kNoiseBlock / kLanesD;
+  const int64_t blocks = padded(num_codes) / kNoiseBlock;
+  double* bounds = reinterpret_cast<double*>(scratch);
+  VecD best = splat(-kInf);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const NoiseBlock words = philox_block(key, block);
+    VecD highest = splat(-kInf);
+    for (int64_t part = 0; part < kParts; ++part) {
+      const double* at = row + block * kNoiseBlock + part * kLanesD;
+      highest = max(highest, load8(at) + gumbel_bound(words.part[part]));
     }
+    store8(bounds + block * kLanesD, highest);
+    best = max(best, highest);
   }
-  const int64_t likely = bounds.lowest() / kLanesD * kLanesD;
-  const double reached = max_lanes(load8(row + likely) + gumbel_of_words(words + likely));
+  const double greatest = max_lanes(best);
+  int64_t likely = 0;
+  while (!any_lane(load8(bounds + likely * kLanesD) == splat(greatest))) ++likely;
   ArgMax running;
-  for (int64_t k = 0; k < num_codes; k += kLanesD) {
-    const VecD value = load8(row + k);
-    if (!any_lane(value + gumbel_bound(words + k) >= splat(reached))) continue;
-    running.add(value + gumbel_of_words(words + k), k);
+  double reached = -kInf;
+  const auto score = [&](int64_t block) {
+    const NoiseBlock words = philox_block(key, block);
+    for (int64_t part = 0; part < kParts; ++part) {
+      const int64_t first = block * kNoiseBlock + part * kLanesD;
+      const VecD value = load8(row + first);
+      if (!any_lane(value + gumbel_bound(words.part[part]) >= splat(reached))) continue;
+      const VecD scores = value + gumbel(widen(words.part[part]));
+      running.add_unordered(scores, first);
+      const double top = max_lanes(scores);
+      reached = top > reached ? top : reached;
+    }
+  };
+  score(likely);
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (block == likely || !any_lane(load8(bounds + block * kLanesD) >= splat(reached))) continue;
+    score(block);
   }
   return running.lowest();
 }

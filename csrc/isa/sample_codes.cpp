@@ -1,210 +1,316 @@
 #include "isa/functions.h"
 #include "isa/rows.h"
+#include "isa/select.h"
 
 namespace latent_rl {
 namespace LATENT_RL_ISA_NAME {
 namespace {
 
-// Yields ids by descending value, ties by lowest id: a heap, so m ids cost O(K + m log K).
-class Descending {
- public:
-  // `ids` has room for num_codes entries; entries of -inf are left out.
-  Descending(const double* values, int64_t num_codes, int32_t* ids) : values_(values), heap_(ids) {
-    for (int64_t k = 0; k < num_codes; ++k) {
-      if (values[k] > -kInf) heap_[size_++] = static_cast<int32_t>(k);
-    }
-    for (int64_t at = size_ / 2; at-- > 0;) sift(at);
-  }
-
-  int64_t left() const { return size_; }
-
-  int32_t next() {
-    const int32_t top = heap_[0];
-    heap_[0] = heap_[--size_];
-    sift(0);
-    return top;
-  }
-
- private:
-  bool before(int32_t a, int32_t b) const {
-    return values_[a] > values_[b] || (values_[a] == values_[b] && a < b);
-  }
-
-  void sift(int64_t at) {
-    for (;;) {
-      int64_t first = at;
-      const int64_t left = 2 * at + 1;
-      if (left < size_ && before(heap_[left], heap_[first])) first = left;
-      if (left + 1 < size_ && before(heap_[left + 1], heap_[first])) first = left + 1;
-      if (first == at) return;
-      const int32_t swap = heap_[at];
-      heap_[at] = heap_[first];
-      heap_[first] = swap;
-      at = first;
-    }
-  }
-
-  const double* values_;
-  int32_t* heap_;
-  int64_t size_ = 0;
-};
-
+// Buffers of one thread, each with room for padded(num_codes) entries.
 struct Workspace {
-  double* logits;
-  double* tempered;
-  double* kept;
-  int32_t* ids;
-  uint32_t* words;
+  double* row;         // the row: logits, or where double keys are needed logits / T
+  double* listed;      // values of the row that stay after top-k, in the order of their ids
+  double* values;      // logits / T of the kept codes, likewise
+  double* masses;      // exp(value - top) of the kept codes
+  int32_t* ids;        // the kept codes
+  int32_t* positions;  // scratch; also the words of the noise
 };
 
-LRL_INLINE void clear(double* row, int64_t num_codes) {
-  for (int64_t k = 0; k < padded(num_codes); k += kLanesD) store8(row + k, splat(-kInf));
-}
-
-// The `wanted` greatest values, ties to the lowest ids: a heap of the chosen with the worst on top.
-class Greatest {
- public:
-  Greatest(const double* values, int64_t wanted, int32_t* ids)
-      : values_(values), wanted_(wanted), heap_(ids) {}
-
-  void offer_all(int64_t num_codes) {
-    int64_t k = 0;
-    for (; k < num_codes && size_ < wanted_; ++k) {
-      if (values_[k] > -kInf) heap_[size_++] = static_cast<int32_t>(k);
-    }
-    for (int64_t at = size_ / 2; at-- > 0;) sift(at);
-    while (k < num_codes) {
-      // Later ids lose ties, so only a strictly greater value gets in; eight are ruled out at once.
-      if (k % kLanesD == 0 && !any_lane(load8(values_ + k) > splat(values_[heap_[0]]))) {
-        k += kLanesD;
-        continue;
-      }
-      if (values_[k] > values_[heap_[0]]) {
-        heap_[0] = static_cast<int32_t>(k);
-        sift(0);
-      }
-      ++k;
-    }
-  }
-
-  int64_t size() const { return size_; }
-
- private:
-  bool worse(int32_t a, int32_t b) const {
-    return values_[a] < values_[b] || (values_[a] == values_[b] && a > b);
-  }
-
-  void sift(int64_t at) {
-    for (;;) {
-      int64_t last = at;
-      const int64_t left = 2 * at + 1;
-      if (left < size_ && worse(heap_[left], heap_[last])) last = left;
-      if (left + 1 < size_ && worse(heap_[left + 1], heap_[last])) last = left + 1;
-      if (last == at) return;
-      const int32_t swap = heap_[at];
-      heap_[at] = heap_[last];
-      heap_[last] = swap;
-      at = last;
-    }
-  }
-
-  const double* values_;
-  int64_t wanted_;
-  int32_t* heap_;
-  int64_t size_ = 0;
+// A row as elements of S, with what selection needs to know of it.
+template <typename S>
+struct Scan {
+  S top;
+  S lowest;       // least value that is not masked
+  int64_t legal;  // values that are not masked
+  bool valid;
 };
 
-// Copies the top_k entries of `from` to `to`, and -inf elsewhere.
-void keep_top_k(const double* from, double* to, int64_t num_codes, int64_t top_k, int32_t* ids) {
-  clear(to, num_codes);
-  Greatest greatest(from, top_k, ids);
-  greatest.offer_all(num_codes);
-  for (int64_t i = 0; i < greatest.size(); ++i) to[ids[i]] = from[ids[i]];
+template <typename T>
+LRL_INLINE VecD load_lanes(const T* p, int64_t count, double*) {
+  return load_some(p, count, -kInf);
+}
+template <typename T>
+LRL_INLINE VecF load_lanes(const T* p, int64_t count, float*) {
+  VecF v;
+  if (count >= kLanesOf<float>) {
+    const HalfF parts[2] = {load8f(p), load8f(p + kLanesD)};
+    memcpy(&v, parts, sizeof(v));
+    return v;
+  }
+  for (int64_t lane = 0; lane < kLanesOf<float>; ++lane) {
+    v[lane] = lane < count ? static_cast<float>(to_double(p[lane])) : -__builtin_inff();
+  }
+  return v;
 }
 
-// Copies the smallest set of entries whose mass reaches top_p, and -inf elsewhere.
-void keep_top_p(const double* from, double* to, int64_t num_codes, double top, double top_p,
-                int32_t* ids) {
-  const double mass = softmax_sums(from, num_codes, top).mass;
-  clear(to, num_codes);
-  Descending order(from, num_codes, ids);
-  double before = 0.0;
-  bool first = true;
-  while (order.left() > 0 && (first || before < top_p)) {
-    const int32_t id = order.next();
-    to[id] = from[id];
-    before += exp(splat(from[id] - top))[0] / mass;
-    first = false;
+template <typename S, typename T>
+Scan<S> scan_row(const T* source, int64_t num_codes, S* row) {
+  using Vec = typename Lanes<S>::Vec;
+  using Mask = typename Lanes<S>::Mask;
+  constexpr int64_t kStep = kLanesOf<S>;
+  const S infinity = S(kInf);
+  Vec top = Vec{} - infinity;
+  Vec lowest = Vec{} + infinity;
+  Mask all_legal = Mask{} - 1;
+  Mask unmasked = {};
+  for (int64_t k = 0; k < padded(num_codes); k += kStep) {
+    Vec v = Vec{} - infinity;
+    if (k < num_codes) v = load_lanes(source + k, num_codes - k, static_cast<S*>(nullptr));
+    const Mask seen = v > Vec{} - infinity;
+    all_legal &= v < Vec{} + infinity;  // false for NaN and +inf
+    unmasked += seen;
+    top = top > v ? top : v;
+    const Vec shown = seen ? v : Vec{} + infinity;
+    lowest = shown < lowest ? shown : lowest;
+    memcpy(row + k, &v, sizeof(v));
   }
+  Scan<S> out = {top[0], lowest[0], 0, true};
+  for (int64_t lane = 0; lane < kStep; ++lane) {
+    out.top = top[lane] > out.top ? top[lane] : out.top;
+    out.lowest = lowest[lane] < out.lowest ? lowest[lane] : out.lowest;
+    out.legal -= unmasked[lane];
+    out.valid = out.valid && all_legal[lane] != 0;
+  }
+  out.valid = out.valid && out.legal > 0;
+  return out;
 }
 
-void drop_below_min_p(double* kept, int64_t num_codes, double top, double min_p) {
-  for (int64_t k = 0; k < num_codes; k += kLanesD) {
-    const VecD v = load8(kept + k);
-    store8(kept + k, exp(v - top) < splat(min_p) ? splat(-kInf) : v);
+// Lists the codes of a row at or above `low`, and their values; returns how many they are.
+template <typename S>
+int64_t list(const S* row, int64_t num_codes, S low, int32_t* ids, S* values) {
+  int64_t size = 0;
+  for (int64_t k = 0; k < num_codes; k += kLanesOf<S>) {
+    const auto v = load_vec(row + k);
+    const auto reached = v >= low;
+    pack(reached, v, values + size);
+    size += pack(reached, ids_from<S>(k), ids + size);
   }
+  return size;
+}
+
+template <typename S>
+LRL_INLINE void pad(S* array, int64_t size, double fill) {
+  for (int64_t i = size; i % 16 != 0; ++i) array[i] = S(fill);
+}
+
+// Lists the top_k codes of a row, or all that are not masked.
+template <typename S>
+int64_t list_top_k(const S* row, int64_t num_codes, const Scan<S>& scan, int64_t top_k,
+                   const Workspace& w, S* values) {
+  if (top_k <= 0 || top_k >= scan.legal) return list(row, num_codes, scan.lowest, w.ids, values);
+  const double target = static_cast<double>(top_k);
+  const Bracket<S> bracket =
+      narrow(Bracket<S>{scan.lowest, next_above(scan.top), {0.0, 0}, scan.legal}, target,
+             [&](S threshold) {
+               const int64_t count = count_at_least(row, num_codes, threshold);
+               return Tally{static_cast<double>(count), count};
+             });
+  const int64_t listed = list(row, num_codes, bracket.low, w.ids, values);
+  pad(values, listed, -kInf);
+  const Cut<S> cut =
+      walk(values, listed, bracket, target, w.positions, [](int64_t) { return 1.0; });
+  int64_t size = 0;
+  for (int64_t i = 0; i < listed; i += kLanesOf<S>) {
+    const auto v = load_vec(values + i);
+    const auto stays = cut.keeps(v, i);
+    pack(stays, v, values + size);
+    size += pack(stays, load_ids<S>(w.ids + i), w.ids + size);
+  }
+  return size;
+}
+
+// Widens the listed values to logits / T, computes their masses exp(value - top) and returns the
+// sum of the masses.
+template <typename S>
+double weigh(const S* listed, int64_t size, double top, double divisor, const Workspace& w) {
+  VecD mass = VecD{};
+  for (int64_t i = 0; i < size; i += kLanesD) {
+    const VecD v = load8(listed + i) / divisor;
+    const VecD e = exp(v - top);
+    store8(w.values + i, v);
+    store8(w.masses + i, e);
+    mass += e;
+  }
+  return sum_lanes(mass);
+}
+
+// Of the listed codes, the end of the smallest prefix whose mass reaches top_p of theirs.
+Cut<double> cut_at_mass(const Workspace& w, int64_t size, double lowest, double top, double mass,
+                        double top_p) {
+  // The most likely code has mass 1 and stays whatever top_p is.
+  const double target = top_p * mass > 0.0 ? top_p * mass : 1.0;
+  Bracket<double> bracket = {lowest, next_above(top), {0.0, 0}, size};
+  const auto measure = [&](double threshold) {
+    return mass_at_least(w.values, w.masses, size, threshold);
+  };
+  if (size > 8 * kWindow) {
+    // All codes below this value together weigh less than half of what top_p leaves out.
+    const double tail = 0.5 * (1.0 - top_p) * mass / static_cast<double>(size);
+    const double bound = tail > 0x1p-1000 ? top + log1(tail) : lowest;
+    if (bound > lowest) {
+      const Tally reached = measure(bound);
+      if (reached.weight >= target) {
+        bracket.low = bound;
+        bracket.inside = reached.count;
+      }
+    }
+  }
+  bracket = narrow(bracket, target, measure);
+  return walk(w.values, size, bracket, target, w.positions, [&](int64_t i) { return w.masses[i]; });
+}
+
+// Applies top_p and min_p to the listed codes; returns how many stay, and the sums over them.
+int64_t truncate(const SampleArgs& args, const Workspace& w, int64_t listed, double lowest,
+                 double top, double listed_mass, SoftmaxSums* sums) {
+  Cut<double> cut = {-kInf, -1};
+  if (args.top_p < 1.0) cut = cut_at_mass(w, listed, lowest, top, listed_mass, args.top_p);
+  VecD mass = VecD{};
+  VecD weighted = VecD{};
+  int64_t size = 0;
+  for (int64_t i = 0; i < listed; i += kLanesD) {
+    const VecD v = load8(w.values + i);
+    const VecD e = load8(w.masses + i);
+    const VecI64 stays = cut.keeps(v, i) & (e >= splat(args.min_p));
+    mass += stays ? e : splat(0.0);
+    weighted += stays ? e * (v - top) : splat(0.0);
+    pack(stays, v, w.values + size);
+    size += pack(stays, load_ids<double>(w.ids + i), w.ids + size);
+  }
+  sums->top = top;
+  sums->mass = sum_lanes(mass);
+  sums->weighted = sum_lanes(weighted);
+  return size;
+}
+
+// Position of the kept code with the greatest noisy value.
+int64_t draw(const Workspace& w, int64_t size, int64_t num_codes, PhiloxKey key) {
+  // The noise of a listed code costs four times that of a code in a dense row.
+  if (4 * size > num_codes) {
+    for (int64_t k = 0; k < padded(num_codes); k += kLanesD) store8(w.row + k, splat(-kInf));
+    for (int64_t i = 0; i < size; ++i) w.row[w.ids[i]] = w.values[i];
+    const int64_t code =
+        argmax_with_noise(w.row, num_codes, key, reinterpret_cast<uint32_t*>(w.positions));
+    int64_t low = 0;
+    for (int64_t high = size; high - low > 1;) {
+      const int64_t middle = (low + high) / 2;
+      (w.ids[middle] <= code ? low : high) = middle;
+    }
+    return low;
+  }
+  ArgMax running;
+  pad(w.values, size, -kInf);
+  for (int64_t i = 0; i < size; i += kLanesD) {
+    HalfU32 ids;
+    memcpy(&ids, w.ids + i, sizeof(ids));
+    running.add(load8(w.values + i) + gumbel_of_codes(key, widen(ids)), i);
+  }
+  return running.lowest();
 }
 
 template <typename T>
-void sample_row(const SampleArgs& args, int64_t row, const Workspace& w) {
+void write_row(const SampleArgs& args, int64_t row, int64_t code, double logprob,
+               double logprob_full, double entropy) {
   using A = Acc<T>;
-  const int64_t num_codes = args.num_codes;
-  A* logprob = static_cast<A*>(args.logprob) + row;
-  A* logprob_full = static_cast<A*>(args.logprob_full) + row;
-  A* entropy = static_cast<A*>(args.entropy) + row;
-  const T* logits = static_cast<const T*>(args.logits) + row * args.row_stride;
-  const double top = widen_row(logits, num_codes, w.logits);
-  if (is_nan(top)) {
-    args.codes[row] = -1;
-    store(logprob, kNaN);
-    store(logprob_full, kNaN);
-    store(entropy, kNaN);
-    return;
-  }
-  const SoftmaxSums full = softmax_sums(w.logits, num_codes, top);
-  if (args.temperature == 0.0) {
-    const int64_t code = argmax(w.logits, num_codes);
-    args.codes[row] = code;
-    store(logprob, 0.0);
-    store(logprob_full, full.logprob(w.logits[code]));
-    store(entropy, 0.0);
-    return;
-  }
-  const PhiloxKey key = {static_cast<uint64_t>(args.seeds[row]),
-                         static_cast<uint64_t>(args.offsets[row])};
-  const bool truncated =
-      (args.top_k > 0 && args.top_k < num_codes) || args.top_p < 1.0 || args.min_p > 0.0;
-  if (args.temperature == 1.0 && !truncated) {
-    const int64_t code = argmax_with_noise(w.logits, num_codes, key, w.words);
-    args.codes[row] = code;
-    store(logprob, full.logprob(w.logits[code]));
-    store(logprob_full, full.logprob(w.logits[code]));
-    store(entropy, full.entropy());
-    return;
-  }
-  for (int64_t k = 0; k < padded(num_codes); k += kLanesD) {
-    store8(w.tempered + k, load8(w.logits + k) / args.temperature);
-  }
-  const double tempered_top = top / args.temperature;
-  double* source = w.tempered;
-  double* spare = w.kept;
-  if (args.top_k > 0 && args.top_k < num_codes) {
-    keep_top_k(source, spare, num_codes, args.top_k, w.ids);
-    double* const swap = source;
-    source = spare;
-    spare = swap;
-  }
-  if (args.top_p < 1.0) {
-    keep_top_p(source, spare, num_codes, tempered_top, args.top_p, w.ids);
-    source = spare;
-  }
-  if (args.min_p > 0.0) drop_below_min_p(source, num_codes, tempered_top, args.min_p);
-  const SoftmaxSums sums = softmax_sums(source, num_codes, tempered_top);
-  const int64_t code = argmax_with_noise(source, num_codes, key, w.words);
   args.codes[row] = code;
-  store(logprob, sums.logprob(source[code]));
-  store(logprob_full, full.logprob(w.logits[code]));
-  store(entropy, sums.entropy());
+  store(static_cast<A*>(args.logprob) + row, logprob);
+  store(static_cast<A*>(args.logprob_full) + row, logprob_full);
+  store(static_cast<A*>(args.entropy) + row, entropy);
+}
+
+template <typename T>
+void write_invalid(const SampleArgs& args, int64_t row) {
+  write_row<T>(args, row, -1, kNaN, kNaN, kNaN);
+}
+
+PhiloxKey key_of_row(const SampleArgs& args, int64_t row) {
+  return {static_cast<uint64_t>(args.seeds[row]), static_cast<uint64_t>(args.offsets[row])};
+}
+
+// A row that top-k, top-p or min-p truncates. With S = float selection compares the logits
+// themselves, sixteen at a time; with S = double it compares logits / T.
+template <typename S, typename T>
+void truncated_row(const SampleArgs& args, int64_t at, const Workspace& w) {
+  const int64_t num_codes = args.num_codes;
+  const T* logits = static_cast<const T*>(args.logits) + at * args.row_stride;
+  S* row = reinterpret_cast<S*>(w.row);
+  Scan<S> scan = scan_row<S>(logits, num_codes, row);
+  if (!scan.valid) return write_invalid<T>(args, at);
+  const double full_top = scan.top;
+  double divisor = args.temperature;
+  double full_mass = 0.0;
+  if constexpr (sizeof(S) == sizeof(double)) {
+    full_mass = softmax_mass(row, num_codes, full_top);
+    for (int64_t k = 0; k < padded(num_codes); k += kLanesD) {
+      store8(row + k, load8(row + k) / divisor);
+    }
+    scan.top /= divisor;
+    scan.lowest /= divisor;
+    divisor = 1.0;
+  }
+  const double top = scan.top / divisor;
+  if (!(top < kInf && top > -kInf)) return write_invalid<T>(args, at);
+  S* listed = reinterpret_cast<S*>(w.listed);
+  int64_t size = list_top_k(row, num_codes, scan, args.top_k, w, listed);
+  pad(listed, size, -kInf);
+  // Here it overlaps with the stores of the listed values, which are read next.
+  if constexpr (sizeof(S) < sizeof(double)) full_mass = softmax_mass(row, num_codes, full_top);
+  const double mass = weigh(listed, size, top, divisor, w);
+  SoftmaxSums sums = {};
+  size = truncate(args, w, size, scan.lowest / divisor, top, mass, &sums);
+  const int64_t drawn = draw(w, size, num_codes, key_of_row(args, at));
+  const VecD log_mass = log(VecD{sums.mass, full_mass, 1, 1, 1, 1, 1, 1});
+  const int64_t code = w.ids[drawn];
+  write_row<T>(args, at, code, w.values[drawn] - top - log_mass[0],
+               to_double(logits[code]) - full_top - log_mass[1],
+               log_mass[0] - sums.weighted / sums.mass);
+}
+
+// A row with every code: one softmax at T = 1, and a second one of logits / T otherwise.
+template <typename T>
+void whole_row(const SampleArgs& args, int64_t at, const Workspace& w) {
+  const int64_t num_codes = args.num_codes;
+  const T* logits = static_cast<const T*>(args.logits) + at * args.row_stride;
+  const double full_top = widen_row(logits, num_codes, w.row);
+  const double top = full_top / args.temperature;
+  if (!(top < kInf && top > -kInf)) return write_invalid<T>(args, at);
+  const SoftmaxSums full = softmax_sums(w.row, num_codes, full_top);
+  SoftmaxSums sums = full;
+  if (args.temperature != 1.0) {
+    for (int64_t k = 0; k < padded(num_codes); k += kLanesD) {
+      store8(w.row + k, load8(w.row + k) / args.temperature);
+    }
+    sums = softmax_sums(w.row, num_codes, top);
+  }
+  const int64_t code = argmax_with_noise(w.row, num_codes, key_of_row(args, at),
+                                         reinterpret_cast<uint32_t*>(w.positions));
+  write_row<T>(args, at, code, sums.logprob(w.row[code]), full.logprob(to_double(logits[code])),
+               sums.entropy());
+}
+
+template <typename T>
+void greedy_row(const SampleArgs& args, int64_t at, const Workspace& w) {
+  const T* logits = static_cast<const T*>(args.logits) + at * args.row_stride;
+  const double top = widen_row(logits, args.num_codes, w.row);
+  if (is_nan(top)) return write_invalid<T>(args, at);
+  write_row<T>(args, at, argmax(w.row, args.num_codes), 0.0,
+               -log1(softmax_mass(w.row, args.num_codes, top)), 0.0);
+}
+
+// Distinct float32 logits stay distinct, and finite, when divided by a temperature in this range.
+bool keeps_floats_apart(double temperature) {
+  return temperature > 0x1p-400 && temperature < 0x1p400;
+}
+
+template <typename T>
+void sample_row(const SampleArgs& args, int64_t at, const Workspace& w) {
+  if (args.temperature == 0.0) return greedy_row<T>(args, at, w);
+  const bool truncated =
+      (args.top_k > 0 && args.top_k < args.num_codes) || args.top_p < 1.0 || args.min_p > 0.0;
+  if (!truncated) return whole_row<T>(args, at, w);
+  if constexpr (sizeof(T) <= sizeof(float)) {
+    if (keeps_floats_apart(args.temperature)) return truncated_row<float, T>(args, at, w);
+  }
+  truncated_row<double, T>(args, at, w);
 }
 
 }  // namespace
@@ -212,28 +318,31 @@ void sample_row(const SampleArgs& args, int64_t row, const Workspace& w) {
 void sample_codes(const SampleArgs& args, int threads) {
   if (args.rows == 0) return;
   const size_t width = static_cast<size_t>(padded(args.num_codes));
-  const size_t per_thread = width * (3 * sizeof(double) + sizeof(int32_t) + sizeof(uint32_t));
-  const Scratch scratch(per_thread * static_cast<size_t>(threads));
-  // Noise, exps and logs make an element of a sampler several times dearer than a plain one.
-  const int64_t step = rows_per_task(args.rows, args.num_codes * 8);
+  const size_t per_thread = width * (4 * sizeof(double) + 2 * sizeof(int32_t));
+  // A code costs about four nanoseconds, twenty times a plain element: a task is then about 80 us.
+  const int64_t step = rows_per_task(args.rows, args.num_codes);
+  const int64_t tasks = (args.rows + step - 1) / step;
+  const int used = threads < tasks ? threads : static_cast<int>(tasks);
+  const Scratch scratch(per_thread * static_cast<size_t>(used));
   with_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    parallel_rows(args.rows, step, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel_rows(args.rows, step, used, [&](int64_t begin, int64_t end, int thread) {
       char* base = static_cast<char*>(scratch.data()) + per_thread * static_cast<size_t>(thread);
       double* doubles = reinterpret_cast<double*>(base);
-      int32_t* ids = reinterpret_cast<int32_t*>(doubles + 3 * width);
-      const Workspace w = {doubles, doubles + width, doubles + 2 * width, ids,
-                           reinterpret_cast<uint32_t*>(ids + width)};
+      int32_t* ids = reinterpret_cast<int32_t*>(doubles + 4 * width);
+      const Workspace w = {doubles, doubles + width, doubles + 2 * width, doubles + 3 * width,
+                           ids,     ids + width};
       for (int64_t row = begin; row < end; ++row) sample_row<T>(args, row, w);
     });
   });
 }
 
 void philox_words(int64_t seed, int64_t offset, int64_t count, uint32_t* words) {
-  uint32_t block[kNoiseBlock];
   const PhiloxKey key = {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)};
   for (int64_t first = 0; first < count; first += kNoiseBlock) {
-    philox_block(key, first / kNoiseBlock, block);
+    uint32_t block[kNoiseBlock];
+    const NoiseBlock drawn = philox_block(key, first / kNoiseBlock);
+    memcpy(block, &drawn, sizeof(block));
     for (int64_t i = first; i < count && i < first + kNoiseBlock; ++i) words[i] = block[i - first];
   }
 }

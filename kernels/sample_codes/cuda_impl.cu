@@ -138,26 +138,25 @@ __device__ void keep_top_k(double* row, int num_codes, int top_k, Shared* shared
   drop_below(row, num_codes, threshold, top_k - above, shared);
 }
 
-// The smallest set whose mass reaches top_p: a code stays while the mass before it falls short.
+// The smallest set whose mass reaches top_p of the whole: a code stays while the mass before it
+// falls short. Masses are relative to the likeliest code, so codes as likely as it add up exactly.
 __device__ void keep_top_p(double* row, int num_codes, double top, double top_p, Shared* shared) {
-  const double total = mass_at_least(row, num_codes, top, 0, shared);
+  const double target = top_p * mass_at_least(row, num_codes, top, 0, shared);
   unsigned long long threshold = 0;
   for (int bit = 63; bit >= 0; --bit) {
     const unsigned long long candidate = threshold | (1ULL << bit);
-    if (mass_at_least(row, num_codes, top, candidate, shared) / total >= top_p) {
-      threshold = candidate;
-    }
+    if (mass_at_least(row, num_codes, top, candidate, shared) >= target) threshold = candidate;
   }
   // top_p <= 0 still keeps the most likely code.
   const unsigned long long highest = ordered(top);
   if (threshold > highest) threshold = highest;
-  const double above = mass_at_least(row, num_codes, top, threshold + 1, shared) / total;
+  const double above = mass_at_least(row, num_codes, top, threshold + 1, shared);
   const double bits_to_value = __longlong_as_double(static_cast<long long>(
       (threshold >> 63) != 0 ? threshold & 0x7fffffffffffffffULL : ~threshold));
-  const double each = exp(bits_to_value - top) / total;
+  const double each = exp(bits_to_value - top);
   int keep = 1;
   double before = above + each;
-  while (before < top_p && keep < num_codes && each > 0.0) {
+  while (before < target && keep < num_codes && each > 0.0) {
     before += each;
     ++keep;
   }
@@ -235,7 +234,10 @@ __global__ void __launch_bounds__(kThreads) _sample_codes_kernel(SampleArgs args
       row[k] = v;
     }
     const double top = max_of_block(highest, &shared);
-    if (count_of_block(illegal, &shared) != 0 || top == minus_infinity()) {
+    // Logits over a tiny temperature may overflow, and then define no distribution.
+    const double drawn_top = args.temperature == 0.0 ? top : top / args.temperature;
+    const bool finite = drawn_top > minus_infinity() && drawn_top < -minus_infinity();
+    if (count_of_block(illegal, &shared) != 0 || !finite) {
       const double nan = __longlong_as_double(0x7ff8000000000000LL);
       write_row<Acc>(args, at, -1, nan, nan, nan);
       __syncthreads();
@@ -244,12 +246,10 @@ __global__ void __launch_bounds__(kThreads) _sample_codes_kernel(SampleArgs args
     const Distribution full = distribution_of_row(row, num_codes, top, &shared);
     Distribution drawn_from = {0.0, 0.0};
     Choice choice;
-    double drawn_top = top;
     if (args.temperature == 0.0) {
       choice = argmax_of_row(row, num_codes, &shared);
     } else {
       for (int k = threadIdx.x; k < num_codes; k += kThreads) row[k] = row[k] / args.temperature;
-      drawn_top = top / args.temperature;
       __syncthreads();
       if (args.top_k > 0 && args.top_k < num_codes) {
         keep_top_k(row, num_codes, static_cast<int>(args.top_k), &shared);

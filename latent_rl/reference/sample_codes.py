@@ -17,11 +17,11 @@ def _truncate(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     ranked = scaled.gather(-1, order).masked_fill(~rank_keeps, -torch.inf)
     probs = ranked.softmax(-1)
     if top_p < 1:
-        # The smallest leading set whose mass reaches top_p: a code stays while the mass before
-        # it falls short, so the first always does.
-        mass_before = probs.cumsum(-1) - probs
-        rank_keeps &= mass_before < top_p
-        rank_keeps[:, 0] = True
+        # The smallest leading set whose mass reaches top_p of the whole: a code stays while the
+        # mass before it falls short, and the first always does. Masses are relative to the
+        # likeliest code, so codes as likely as it add up exactly, in whatever order.
+        mass = (ranked - ranked[:, :1]).exp().cumsum(-1)
+        rank_keeps[:, 1:] &= mass[:, :-1] < top_p * mass[:, -1:]
     if min_p > 0:
         rank_keeps &= probs >= min_p * probs[:, :1]
     return torch.zeros_like(rank_keeps).scatter(-1, order, rank_keeps)
@@ -59,6 +59,9 @@ def sample_codes(
         logprob = entropy = torch.zeros_like(exact[:, 0])
     else:
         scaled = exact / temperature
+        # Logits over a tiny temperature may overflow, and then define no distribution.
+        valid &= scaled.amax(-1).isfinite()
+        scaled = torch.where(valid[:, None], scaled, 0)
         keep = _truncate(scaled, top_k, top_p, min_p)
         kept = scaled.masked_fill(~keep, -torch.inf)
         codes = (kept + gumbel_noise(seeds, offsets, logits.shape[-1])).argmax(-1)

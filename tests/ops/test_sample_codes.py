@@ -1,5 +1,7 @@
 """sample_codes: the stream, the distribution, truncation, edges, compilation and errors."""
 
+import math
+
 import pytest
 import torch
 
@@ -180,6 +182,25 @@ def test_ties_keep_the_lowest_ids(backend) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]).expand(500, 5)
     assert set(ops.sample_codes(logits, seed=0, top_k=2).codes.tolist()) == {1, 2}
     assert ops.sample_codes(logits, seed=0, temperature=0).codes.eq(1).all()
+
+
+@pytest.mark.parametrize("num_codes", [10, 40, 700])
+@pytest.mark.parametrize("top_p", [0.3, 0.5, 0.7, 0.8])
+def test_equal_codes_reach_top_p_exactly(backend, num_codes, top_p) -> None:
+    # top_p * K is a whole number m, so the first m ids reach top_p and the next is not needed.
+    # Sums of 1 / K would round below it for some m.
+    out = ops.sample_codes(torch.full((900, num_codes), 1.5), top_p=top_p, seed=0)
+    kept = round(top_p * num_codes)
+    assert out.codes.max() < kept
+    assert out.entropy[0].item() == pytest.approx(math.log(kept), rel=1e-6)
+
+
+def test_temperatures_that_overflow_define_no_distribution(backend) -> None:
+    logits = torch.tensor([[1e300, 0.0], [-1e300, -1e300], [0.0, -1e300]], dtype=torch.float64)
+    for options in ({}, {"top_k": 1}, {"top_p": 0.5}):
+        out = ops.sample_codes(logits, temperature=1e-200, seed=0, **options)
+        assert out.codes.tolist() == [-1, -1, 0]
+        assert out.logprob.isnan().tolist() == [True, True, False]
 
 
 def test_no_rows(backend) -> None:
