@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.machine import gpu
 from benchmarks.registry import Call
 from benchmarks.timing import clock_for
 
@@ -37,9 +38,13 @@ def gemm_gflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str, object]:
-    return {
+    """Both roofs; on a GPU also the clocks right after, while it is still warm."""
+    found: dict[str, object] = {
         "copy_gb_per_s": copy_gb_per_s(device),
         "gemm_gflop_per_s": {
             str(dtype).removeprefix("torch."): gemm_gflop_per_s(device, dtype) for dtype in dtypes
         },
     }
+    if device.type == "cuda":
+        found["clocks"] = gpu("clocks.sm,clocks.mem,power.draw,temperature.gpu")
+    return found

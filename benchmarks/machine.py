@@ -23,8 +23,8 @@ IRRELEVANT = (":!benchmarks/results", ":!docs", ":!*.md")
 class Machine:
     """A device, its software and the commit measured.
 
-    ``clocks`` is what the driver says of a GPU's clocks as the run starts; they are not locked, so
-    a reader must know them.
+    ``clocks`` are the highest a GPU allows; they are not locked, so what they were under load stands
+    beside the roofs.
     """
 
     device: str
@@ -85,7 +85,7 @@ def describe(device: torch.device, label: str = "") -> Machine:
         cores=os.cpu_count() or 0,
         load_1min=os.getloadavg()[0],
         driver=gpu("driver_version") if on_gpu else "",
-        clocks=gpu("clocks.sm,clocks.max.sm,clocks.mem") if on_gpu else "",
+        clocks=gpu("clocks.max.sm,clocks.max.mem") if on_gpu else "",
         python=platform.python_version(),
         torch=torch.__version__,
         latent_rl=__version__,

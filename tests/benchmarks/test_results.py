@@ -52,6 +52,10 @@ class TestRow:
         missed = make_row(ours=45.0, gemm=40.0, mm=44.0)["goals"]
         assert [goal["met"] for goal in missed] == [False, False, False]
 
+    def test_ahead_of_every_peer_means_of_the_fastest(self, make_row) -> None:
+        row = make_row(ours=50.0, gemm=40.0, mm=100.0, cdist=49.0)
+        assert judged(Goal(1.0, "every peer"), row)["met"] is False
+
     @pytest.mark.parametrize(
         ("goal", "met"),
         [
@@ -109,6 +113,11 @@ class TestFile:
         path = tmp_path / "r.json"
         Results(path, machine).add(make_row(ours=50.0))
         assert Results(path, replace(machine, **change)).resume() == 0
+
+    def test_nor_from_a_tree_that_was_dirty(self, tmp_path, machine, make_row) -> None:
+        path = tmp_path / "r.json"
+        Results(path, replace(machine, dirty=True)).add(make_row(ours=50.0))
+        assert Results(path, machine).resume() == 0
 
     def test_other_forms_are_refused(self, tmp_path) -> None:
         path = tmp_path / "old.json"

@@ -6,8 +6,9 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from benchmarks import timing
+from benchmarks import ceilings, timing
 from benchmarks.ring import MIN_ROUNDS, SLOW_MS, SLOW_ROUNDS, interleave
 from benchmarks.worker import Failed, Ready
 
@@ -115,3 +116,21 @@ class TestInterleave:
 
     def test_nobody_is_nothing(self) -> None:
         assert race({}) == ({}, [])
+
+
+def test_roofs_are_the_best_of_a_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([9.0, 4.0, 5.0, 4.5, 8.0, 8.0, 8.0])
+    monkeypatch.setattr(ceilings, "clock_for", lambda device, own_stream: lambda call: next(times))
+    assert ceilings.best_ms(lambda: None, torch.device("cpu")) == 4.0
+
+
+def test_roofs_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1000})
+    monkeypatch.setattr(ceilings, "GEMM_SIDE", {"cpu": 10})
+    monkeypatch.setattr(ceilings, "best_ms", lambda call, device: (call(), 2.0)[1])
+    found = ceilings.measure_ceilings(torch.device("cpu"), (torch.float32, torch.bfloat16))
+    # Read and written bytes both count; a multiply-add is two operations.
+    assert found["copy_gb_per_s"] == pytest.approx(2 * 1000 / 2e-3 / 1e9)
+    assert found["gemm_gflop_per_s"] == pytest.approx(
+        dict.fromkeys(("float32", "bfloat16"), 2 * 10**3 / 2e-3 / 1e9)
+    )

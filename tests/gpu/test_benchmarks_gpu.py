@@ -24,6 +24,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     data = results.load(path)
     assert data["machine"]["driver"]
     assert data["machine"]["clocks"]
+    assert data["ceilings"]["1"]["clocks"]
     for row in data["rows"]:
         ours = row["contestants"]["latent_rl"]
         assert ours["remark"] == "CUDA graph"
