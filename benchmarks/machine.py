@@ -23,7 +23,7 @@ IRRELEVANT = (":!benchmarks/results", ":!docs", ":!*.md")
 class Machine:
     """A device, its software and the commit measured.
 
-    ``clocks`` are the highest a GPU allows; they are not locked, so what they were under load stands
+    ``clocks`` are the highest a GPU allows; they are not locked: what they were under load stands
     beside the roofs.
     """
 
