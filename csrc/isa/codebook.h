@@ -25,19 +25,23 @@ struct Codebook {
     return norms[code] > 0.0 ? 1.0 / norms[code] : 0.0;
   }
   double scale_max() const { return metric == Metric::kCosine ? 1.0 / norm_min : 1.0; }
+  // How far a float64 distance is from the true one, relative to the lengths it is made of.
+  double exact_gamma() const { return (static_cast<double>(dim) + 8.0) * 0x1p-52; }
   // The greatest length of a scaled code.
   double reach() const { return metric == Metric::kCosine ? 1.0 : norm_max; }
 };
 
-// The centred codes in the element of a screen, with their greatest norm, the greatest norm of what
-// rounding took from a code, and the greatest bias.
+// The centred codes in the element of a screen, and what bounds the error E of a screened score
+// (README.md): E = lost_r norm_j + kept_r loss_j + slack_j. All arrays are [panels * kPanelCodes].
 template <typename E>
 struct Panels {
   E* data;       // [panels, D rounded up to kColumns, kPanelCodes]
-  float* bias;   // [panels * kPanelCodes]; -inf marks a code that cannot be chosen
-  double* norm;  // [panels * kPanelCodes]
-  double* lost;  // [panels * kPanelCodes]
-  double norm_max, lost_max, bias_max;
+  float* bias;   // b_j + slack_j; -inf marks a code that cannot be chosen
+  float* norm;   // |v_j|
+  float* loss;   // |v_j - v'_j| and what accumulation loses of |v_j|
+  float* slack;  // the rest: rounding of b_j, flushed results, float64
+  double reach;  // no score exceeds (|u| + lost) reach + bias_reach
+  double bias_reach;
 };
 
 constexpr int64_t kColumnSlab = 64;
@@ -92,19 +96,40 @@ void measure_codes(Codebook<T>* book, int threads) {
   }
 }
 
+// Four times the median norm, to a factor of two: what is longer is left out of the centre. A
+// single code gone astray would otherwise drag it, and all that is measured from it, along.
+template <typename T>
+double usual_norm(const Codebook<T>& book) {
+  constexpr int kExponents = 2048;
+  int64_t counts[kExponents] = {};
+  int64_t finite = 0;
+  const auto exponent = [&](int64_t code) {
+    return static_cast<int>(bit_cast<uint64_t>(book.norms[code]) >> 52);
+  };
+  for (int64_t code = 0; code < book.num_codes; ++code) {
+    if (book.finite[code] == 0) continue;
+    ++finite;
+    ++counts[exponent(code)];
+  }
+  int median = 0;
+  for (int64_t below = counts[0]; 2 * below < finite; below += counts[median]) ++median;
+  return bit_cast<double>(static_cast<uint64_t>(median + 3) << 52);
+}
+
 // Any centre gives the same codes; the mean keeps what is rounded short.
 template <typename T>
 void centre_codes(Codebook<T>* book, int threads) {
   const int64_t dim = book->dim;
   const int64_t slabs = (dim + kColumnSlab - 1) / kColumnSlab;
   const bool small = book->num_codes * dim < 20000;
+  const double longest = usual_norm(*book);
   parallel(slabs, small ? 1 : threads, [&](int64_t slab, int) {
     const int64_t begin = slab * kColumnSlab;
     const int64_t width = dim - begin < kColumnSlab ? dim - begin : kColumnSlab;
     VecD sums[kColumnSlab / kLanesD] = {};
     double count = 0.0;
     for (int64_t code = 0; code < book->num_codes; ++code) {
-      if (book->finite[code] == 0) continue;
+      if (book->finite[code] == 0 || book->norms[code] > longest) continue;
       count += 1.0;
       const T* c = book->codes + code * dim + begin;
       const double scale = book->scale(code);
@@ -155,6 +180,27 @@ void pack_code(const Codebook<T>& book, int64_t code, int64_t begin, int64_t wid
   }
 }
 
+// The bounds of one code, from the squares of |v| and |v - v'|.
+template <typename T, typename E>
+void bound_code(const Codebook<T>& book, const Panels<E>& panels, int64_t code, double square,
+                double lost_square) {
+  // Covers the rounding of these sums, of the float32 arrays, and of E itself in the scores.
+  constexpr double kRoom = 1.0 + 0x1p-9;
+  const double norm = __builtin_sqrt(square);
+  const double lost = __builtin_sqrt(lost_square);
+  const double gamma = screen_gamma<E>(book.dim) + 0x1p-22;
+  const double bias = book.metric == Metric::kL2 ? -0.5 * square : 0.0;
+  // Results below the normal range may be flushed to zero.
+  const double flushed = static_cast<double>(book.dim) * 0x1p-124;
+  const double exact = book.metric == Metric::kL2 ? 2.0 * book.exact_gamma() * square : 0.0;
+  const float slack = static_cast<float>(kRoom * (exact + flushed - gamma * bias));
+  const bool usable = code < book.num_codes && book.finite[code] != 0;
+  panels.norm[code] = static_cast<float>(kRoom * norm);
+  panels.loss[code] = static_cast<float>(kRoom * (lost + gamma * (norm + lost)));
+  panels.slack[code] = slack;
+  panels.bias[code] = usable ? static_cast<float>(bias + slack) : -__builtin_inff();
+}
+
 template <typename T, typename E>
 void pack_panel(const Codebook<T>& book, const Panels<E>& panels, int64_t panel) {
   constexpr int64_t kColumns = ScreenTraits<E>::kColumns;
@@ -180,13 +226,7 @@ void pack_panel(const Codebook<T>& book, const Panels<E>& panels, int64_t panel)
     }
   }
   for (int64_t j = 0; j < kPanelCodes; ++j) {
-    const int64_t code = first + j;
-    const bool usable = code < book.num_codes && book.finite[code] != 0;
-    const double square = sum_lanes(squares[j]);
-    panels.norm[code] = __builtin_sqrt(square);
-    panels.lost[code] = __builtin_sqrt(sum_lanes(lost[j]));
-    const double bias = book.metric == Metric::kL2 ? -0.5 * square : 0.0;
-    panels.bias[code] = usable ? static_cast<float>(bias) : -__builtin_inff();
+    bound_code(book, panels, first + j, sum_lanes(squares[j]), sum_lanes(lost[j]));
   }
 }
 
@@ -195,15 +235,14 @@ void pack_codebook(const Codebook<T>& book, Panels<E>* panels, int threads) {
   const int64_t count = panel_count(book.num_codes);
   parallel(count, book.num_codes * book.dim < 20000 ? 1 : threads,
            [&](int64_t panel, int) { pack_panel(book, *panels, panel); });
-  panels->norm_max = panels->lost_max = 0.0;
+  double norm = 0.0, loss = 0.0, slack = 0.0;
   for (int64_t code = 0; code < count * kPanelCodes; ++code) {
-    if (panels->norm[code] > panels->norm_max) panels->norm_max = panels->norm[code];
-    if (panels->lost[code] > panels->lost_max) panels->lost_max = panels->lost[code];
+    if (panels->norm[code] > norm) norm = panels->norm[code];
+    if (panels->loss[code] > loss) loss = panels->loss[code];
+    if (panels->slack[code] > slack) slack = panels->slack[code];
   }
-  // Rounding of these sums themselves.
-  panels->norm_max *= 1.0 + 0x1p-30;
-  panels->lost_max *= 1.0 + 0x1p-30;
-  panels->bias_max = book.metric == Metric::kL2 ? 0.5 * panels->norm_max * panels->norm_max : 0.0;
+  panels->reach = 2.0 * (norm + loss);
+  panels->bias_reach = norm * norm + 2.0 * slack;
 }
 
 // Memory of a codebook's measures and of its panels.
@@ -232,23 +271,22 @@ class PanelMemory {
   PanelMemory(int64_t num_codes, int64_t dim)
       : codes_(panel_count(num_codes) * kPanelCodes),
         data_(sizeof(E) * static_cast<size_t>(codes_ * panel_columns<E>(dim))),
-        bias_(sizeof(float) * static_cast<size_t>(codes_)),
-        norms_(2 * sizeof(double) * static_cast<size_t>(codes_)) {}
+        bounds_(4 * sizeof(float) * static_cast<size_t>(codes_)) {}
 
   Panels<E> panels() const {
-    double* norms = static_cast<double*>(norms_.data());
+    float* bounds = static_cast<float*>(bounds_.data());
     return {static_cast<E*>(data_.data()),
-            static_cast<float*>(bias_.data()),
-            norms,
-            norms + codes_,
-            0.0,
+            bounds,
+            bounds + codes_,
+            bounds + 2 * codes_,
+            bounds + 3 * codes_,
             0.0,
             0.0};
   }
 
  private:
   int64_t codes_;
-  Scratch data_, bias_, norms_;
+  Scratch data_, bounds_;
 };
 
 }  // namespace LATENT_RL_ISA_NAME

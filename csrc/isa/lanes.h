@@ -57,15 +57,24 @@ LRL_INLINE LaneF load_some_lanes(const T* p, int64_t count) {
 LRL_INLINE LaneF max(LaneF a, LaneF b) { return a > b ? a : b; }
 LRL_INLINE LaneF min(LaneF a, LaneF b) { return a < b ? a : b; }
 
+// In any order: bounds on sums of float32 lanes allow for one after the other.
 LRL_INLINE float sum_of(LaneF v) {
+#if defined(LATENT_RL_LANES_16)
+  return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+#else
   float sum = v[0];
   for (int lane = 1; lane < kLanesF; ++lane) sum += v[lane];
   return sum;
+#endif
 }
 LRL_INLINE float max_of(LaneF v) {
+#if defined(LATENT_RL_LANES_16)
+  return _mm512_reduce_max_ps(bit_cast<__m512>(v));
+#else
   float best = v[0];
   for (int lane = 1; lane < kLanesF; ++lane) best = v[lane] > best ? v[lane] : best;
   return best;
+#endif
 }
 
 // One bit per lane of a comparison's result.

@@ -1,10 +1,10 @@
 // nearest_code: screen fast, prove, and look again only where the proof leaves a choice.
 //
-// Every code's screened score is within `eps` of its true score, and the float64 score within the
-// float64 part of `eps`, so the code that float64 chooses is among those whose screened score is at
-// least the highest minus 2 eps. One such code: done. Several: they alone are compared by float32
-// distances of the rows themselves, under a bound again, and what is left by float64. So the codes
-// of float32 (and bfloat16, float16) input are those of the same input in float64, bit for bit.
+// A screened score is the greatest that a code can have, and the leader's own error bound says how
+// little it can have: the code that float64 chooses is among those whose score is no lower than
+// that. One such code: done. Several: they alone are compared by float32 distances of the rows
+// themselves, under a bound again, and what is left by float64. So the codes of float32 (and
+// bfloat16, float16) input are those of the same input in float64, bit for bit.
 //
 // Where there is a bfloat16 screen it looks first, and rows that it leaves with a good part of the
 // codebook are screened again in float32.
@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kBlockBytes = 192 * 1024;  // rows of a block stay in the second-level cache
 constexpr int64_t kBlockRows = 96;
 // Fewer rows than this do not pay for packing the codebook.
-constexpr int64_t kPackingRows = 8;
+constexpr int64_t kPackingRows = 16;
 constexpr int64_t kPending = -2;  // a row left to the next screen
 
 enum Counter { kReranked = 0, kRescreened = 1, kInFloat64 = 2 };
@@ -61,25 +61,12 @@ void finish_row(const NearestArgs& args, const Codebook<T>& book, const T* x, in
   store(distance, code < 0 ? kNaN : distance_of(book, x, code));
 }
 
-// How far a screened score can be from the true one, and the float64 score from the true one.
-template <typename T, typename E>
-double screen_error(const Codebook<T>& book, const Panels<E>& panels, const RowNorm& row) {
-  const double dim = static_cast<double>(book.dim);
-  const double kept = row.length + row.lost;
-  double eps = row.lost * panels.norm_max + kept * panels.lost_max;
-  const double reach = kept * (panels.norm_max + panels.lost_max) + panels.bias_max;
-  eps += (screen_gamma<E>(book.dim) + 0x1p-23) * reach;
-  // Results below the normal range may be flushed to zero.
-  eps += dim * 0x1p-124;
-  const bool l2 = book.metric == Metric::kL2;
-  const double both = row.length + panels.norm_max;
-  return eps + exact_gamma(book) * (l2 ? both * both : row.length * book.reach());
-}
-
 // The largest float32 surely below `value`.
 float round_down(double value) {
   return static_cast<float>(value - __builtin_fabs(value) * 0x1p-23 - 0x1p-148);
 }
+
+float round_up(double value) { return static_cast<float>(value * (1.0 + 0x1p-23) + 0x1p-148); }
 
 // The codes of the lanes whose best, or best and second, are within reach.
 void gather(uint32_t best, uint32_t second, const ScreenState& state, int64_t num_codes,
@@ -118,28 +105,42 @@ int64_t refine_all(const Codebook<T>& book, const T* x, double x_norm, Candidate
   return refine(book, x, x_norm, candidates, counts);
 }
 
+// By how much the leader's score can exceed what float64 makes of it: its own error bound is in the
+// score once and can be off by as much again; the part of float64's error that every code shares is
+// in no score.
+template <typename T, typename E>
+double leader_error(const Pass<T, E>& pass, const RowNorm& norm, const ScreenState& state,
+                    int64_t leader) {
+  const Panels<E>& panels = pass.panels;
+  const double bound = static_cast<double>(state.lost) * panels.norm[leader] +
+                       static_cast<double>(state.kept) * panels.loss[leader] + panels.slack[leader];
+  const Codebook<T>& book = pass.book;
+  const bool l2 = book.metric == Metric::kL2;
+  const double scale = norm.length * (l2 ? 2.0 * norm.length : book.reach());
+  return 2.0 * (bound + book.exact_gamma() * scale);
+}
+
 // The code of a row that has been screened, -1 for one that is not finite, or kPending.
 template <typename T, typename E>
 int64_t choose(const Pass<T, E>& pass, const T* x, const RowNorm& norm, const ScreenState& state,
                Candidates* candidates, Counts* counts) {
   const Codebook<T>& book = pass.book;
   if (!book.any_finite) return -1;
-  const double eps = screen_error(book, pass.panels, norm);
   // Beyond this, or where a norm is not finite, the scores could overflow.
-  const double reach = (norm.length + norm.lost) * (pass.panels.norm_max + pass.panels.lost_max);
-  if (!(reach + pass.panels.bias_max + eps < 1e37)) {
+  const Panels<E>& panels = pass.panels;
+  if (!((norm.length + norm.lost) * panels.reach + panels.bias_reach < 1e37)) {
     if (!all_finite(x, book.dim)) return -1;
     ++counts->value[kReranked];
     if (!pass.last) return kPending;
     return refine_all(book, x, kInf, candidates, counts);
   }
-  const LaneF limit = LaneF{} + round_down(static_cast<double>(max_of(state.best)) - 2.0 * eps);
+  const float highest = max_of(state.best);
+  const int top = __builtin_ctz(lane_bits(state.best == LaneF{} + highest));
+  const int64_t leader = static_cast<int64_t>(state.vector[top]) * kLanesF + top;
+  const LaneF limit = LaneF{} + round_down(highest - leader_error(pass, norm, state, leader));
   const uint32_t best = lane_bits(state.best >= limit);
   const uint32_t second = lane_bits(state.second >= limit);
-  if (second == 0 && (best & (best - 1)) == 0) {
-    const int lane = __builtin_ctz(best);
-    return static_cast<int64_t>(state.vector[lane]) * kLanesF + lane;
-  }
+  if (second == 0 && (best & (best - 1)) == 0) return leader;
   ++counts->value[kReranked];
   gather(best, second, state, book.num_codes, candidates);
   // A float32 distance takes twice a multiplied column's time and more.
@@ -158,23 +159,29 @@ void screen_block(const Pass<T, E>& pass, int64_t begin, int64_t count, int64_t 
   };
   const int64_t whole = (count + kScreenRows - 1) / kScreenRows * kScreenRows;
   for (int64_t r = 0; r < whole; ++r) {
+    ScreenState* state = memory.states + r;
+    state->lost = state->kept = 0.0f;
     if (r < count) {
       const T* row = pass.x + row_of(r) * pass.args.x_row_stride;
-      memory.norms[r] = pack_row(row, book.row_centre, book.dim, rows + r * row_stride);
+      const RowNorm norm = pack_row(row, book.row_centre, book.dim, rows + r * row_stride);
+      memory.norms[r] = norm;
+      state->lost = round_up(norm.lost);
+      state->kept = round_up(norm.length + norm.lost);
     } else {
       memset(rows + r * row_stride, 0, sizeof(E) * static_cast<size_t>(row_stride));
     }
-    ScreenState* state = memory.states + r;
     state->best = state->second = LaneF{} - __builtin_inff();
     state->vector = LaneI{};
   }
   const int64_t columns = panel_columns<E>(book.dim);
   for (int64_t panel = 0; panel < panel_count(book.num_codes); ++panel) {
+    const int64_t first = panel * kPanelCodes;
+    const PanelBounds bounds = {pass.panels.bias + first, pass.panels.norm + first,
+                                pass.panels.loss + first};
     for (int64_t r = 0; r < whole; r += kScreenRows) {
       screen_panel(rows + r * row_stride, row_stride,
-                   pass.panels.data + panel * columns * kPanelCodes,
-                   pass.panels.bias + panel * kPanelCodes, columns, static_cast<int32_t>(panel),
-                   memory.states + r);
+                   pass.panels.data + panel * columns * kPanelCodes, bounds, columns,
+                   static_cast<int32_t>(panel), memory.states + r);
     }
   }
   Counts counts;

@@ -36,12 +36,6 @@ double exact_key(const Codebook<T>& book, const T* x, int64_t code) {
   return book.norms[code] > 0.0 ? -product / book.norms[code] : 0.0;
 }
 
-// How far exact_key is from the true key, relative to the length it is made of.
-template <typename T>
-double exact_gamma(const Codebook<T>& book) {
-  return (static_cast<double>(book.dim) + 8.0) * 0x1p-52;
-}
-
 // The lowest key, ties to the lowest id, in whatever order the codes are offered.
 template <typename T>
 struct ExactChoice {
@@ -92,7 +86,7 @@ float direct_key(const Codebook<T>& book, const T* x, int64_t code) {
 // The highest float32 key that the nearest code can have when the lowest is `lowest`.
 template <typename T>
 double direct_limit(const Codebook<T>& book, double lowest, double x_norm) {
-  const double relative = direct_gamma(book.dim) + exact_gamma(book);
+  const double relative = direct_gamma(book.dim) + book.exact_gamma();
   // What products below the normal range can lose.
   const double under = static_cast<double>(book.dim) * 0x1p-148;
   if (book.metric == Metric::kL2) return (lowest + under) * (1.0 + 2.5 * relative) + under;

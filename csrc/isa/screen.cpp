@@ -14,7 +14,7 @@ RowNorm pack_row(const T* x, const float* centre, int64_t dim, float* out) {
   return row_norm(squares, LaneF{}, dim);
 }
 
-void screen_panel(const float* rows, int64_t row_stride, const float* panel, const float* bias,
+void screen_panel(const float* rows, int64_t row_stride, const float* panel, PanelBounds bounds,
                   int64_t dim, int32_t panel_id, ScreenState* states) {
   const auto add = [&](int64_t begin, int64_t end, Tile& scores) {
     for (int64_t d = begin; d < end; ++d) {
@@ -31,7 +31,7 @@ void screen_panel(const float* rows, int64_t row_stride, const float* panel, con
       }
     }
   };
-  screen_tile<float>(bias, dim, panel_id, states, add);
+  screen_tile<float>(bounds, dim, panel_id, states, add);
 }
 
 namespace {

@@ -3,9 +3,12 @@
 //
 // A panel holds kPanelCodes codes, transposed; kColumns<E> neighbouring columns of a code stay
 // together: panel[(d / kColumns) * kPanelCodes * kColumns + j * kColumns + d % kColumns]. For every
-// row r and code j the kernel forms s = bias_j + x_r . p_j, and keeps per row and per lane (the
-// codes with the same j % kLanesF) the highest s with the vector of codes (j / kLanesF) it came
-// from, and the second highest s.
+// row r and code j the kernel forms the greatest score that code can truly have,
+//
+//   s = bias_j + lost_r norm_j + kept_r loss_j + x_r . p_j,
+//
+// and keeps per row and per lane (the codes with the same j % kLanesF) the highest s with the
+// vector of codes (j / kLanesF) it came from, and the second highest s.
 #pragma once
 
 #include "isa/lanes.h"
@@ -29,7 +32,16 @@ constexpr int kPanelVectors = 2;
 #endif
 constexpr int kPanelCodes = kPanelVectors * kLanesF;
 
+// Of one panel, kPanelCodes each; see pack_codebook.
+struct PanelBounds {
+  const float* bias;
+  const float* norm;
+  const float* loss;
+};
+
 struct ScreenState {
+  float lost;  // what rounding took from the row, |u - u'|
+  float kept;  // |u'|
   LaneF best;
   LaneF second;
   LaneI vector;
@@ -59,14 +71,14 @@ struct ScreenTraits<BF16> {
   static constexpr double kStep = 0x1p-23;
 };
 
-// What accumulating bias + x . p rounds away is at most screen_gamma(D) (|bias| + sum |x_i p_i|):
-// a term passes through no more than a chain's steps, the additions of the chains, and the rounding
-// of its product where there is no fused multiply-add.
+// What accumulating seeds + x . p rounds away is at most screen_gamma(D) (|seeds| + sum |x_i p_i|):
+// a term passes through no more than a chain's steps, the additions of the chains and the seeds,
+// and the rounding of its product where there is no fused multiply-add.
 template <typename E>
 double screen_gamma(int64_t dim) {
   const int64_t chain = ScreenTraits<E>::kChain;
   const double steps = static_cast<double>((dim < chain ? dim : chain) + (dim + chain - 1) / chain);
-  const double n = (steps + 4.0) * ScreenTraits<E>::kStep;
+  const double n = (steps + 8.0) * ScreenTraits<E>::kStep;
   return n / (1.0 - n);
 }
 
@@ -75,14 +87,14 @@ double screen_gamma(int64_t dim) {
 template <typename T>
 RowNorm pack_row(const T* x, const float* centre, int64_t dim, float* out);
 // Scores kScreenRows rows, `row_stride` elements apart, against one panel.
-void screen_panel(const float* rows, int64_t row_stride, const float* panel, const float* bias,
+void screen_panel(const float* rows, int64_t row_stride, const float* panel, PanelBounds bounds,
                   int64_t dim, int32_t panel_id, ScreenState* states);
 
 #if defined(LATENT_RL_BF16_SCREEN)
 using FastElement = BF16;
 template <typename T>
 RowNorm pack_row(const T* x, const float* centre, int64_t dim, BF16* out);
-void screen_panel(const BF16* rows, int64_t row_stride, const BF16* panel, const float* bias,
+void screen_panel(const BF16* rows, int64_t row_stride, const BF16* panel, PanelBounds bounds,
                   int64_t dim, int32_t panel_id, ScreenState* states);
 #else
 using FastElement = float;
@@ -113,10 +125,10 @@ LRL_INLINE void keep_highest(LaneF score, int32_t id, ScreenState* state) {
   state->best = max(score, best);
 }
 
-// What the screens of both elements share: seeds the scores with the bias, sums chain by chain with
-// add(begin, end, &scores), and keeps the highest.
+// What the screens of both elements share: seeds the scores with bias and bounds, sums chain by
+// chain with add(begin, end, &scores), and keeps the highest.
 template <typename E, typename Add>
-LRL_INLINE void screen_tile(const float* bias, int64_t dim, int32_t panel_id, ScreenState* states,
+LRL_INLINE void screen_tile(PanelBounds bounds, int64_t dim, int32_t panel_id, ScreenState* states,
                             const Add& add) {
   constexpr int64_t kChain = ScreenTraits<E>::kChain;
   Tile scores;
@@ -124,7 +136,11 @@ LRL_INLINE void screen_tile(const float* bias, int64_t dim, int32_t panel_id, Sc
 #pragma GCC unroll 8
   for (int r = 0; r < kScreenRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) scores[r][v] = load_lanes(bias + v * kLanesF);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t at = v * kLanesF;
+      scores[r][v] = load_lanes(bounds.bias + at) + states[r].lost * load_lanes(bounds.norm + at) +
+                     states[r].kept * load_lanes(bounds.loss + at);
+    }
   }
   int64_t begin = 0;
   for (; begin + kChain < dim; begin += kChain) {

@@ -39,7 +39,7 @@ RowNorm pack_row(const T* x, const float* centre, int64_t dim, BF16* out) {
   return row_norm(squares, lost, dim);
 }
 
-void screen_panel(const BF16* rows, int64_t row_stride, const BF16* panel, const float* bias,
+void screen_panel(const BF16* rows, int64_t row_stride, const BF16* panel, PanelBounds bounds,
                   int64_t dim, int32_t panel_id, ScreenState* states) {
   const auto add = [&](int64_t begin, int64_t end, Tile& scores) {
     for (int64_t d = begin; d < end; d += 2) {
@@ -59,7 +59,7 @@ void screen_panel(const BF16* rows, int64_t row_stride, const BF16* panel, const
       }
     }
   };
-  screen_tile<BF16>(bias, dim, panel_id, states, add);
+  screen_tile<BF16>(bounds, dim, panel_id, states, add);
 }
 
 template RowNorm pack_row(const float*, const float*, int64_t, BF16*);

@@ -168,7 +168,7 @@ def test_few_rows_are_searched_alike(isa: str) -> None:
     x, codebook = random_data()
     for metric in METRICS:
         whole = nearest_code(x[None], codebook[None], metric)
-        for rows in (1, 5, 7, 8):
+        for rows in (1, 7, 15, 16, 17):
             part = nearest_code(x[None, :rows], codebook[None], metric)
             assert torch.equal(part[0], whole[0][:, :rows])
             assert torch.equal(part[1], whole[1][:, :rows])
@@ -271,6 +271,27 @@ def test_most_rows_of_normal_data_are_decided_early(isa: str, offset: float) -> 
     assert stats.rescreened + stats.in_float64 < 0.02 * stats.rows
     if isa == "avx512bf16":
         assert stats.fraction_reranked > 0.4
+
+
+def stray_code(codebook: Tensor) -> Tensor:
+    codebook = codebook.clone()
+    codebook[5] *= 1e6
+    return codebook
+
+
+def uneven_codes(codebook: Tensor) -> Tensor:
+    return codebook * torch.exp(normal(len(codebook), 1, seed=2))
+
+
+@pytest.mark.parametrize("change", [stray_code, uneven_codes])
+def test_a_code_pays_only_for_its_own_length(isa: str, change) -> None:
+    """The bound of each code is its own, and the centre is that of the usual codes."""
+    x, codebook = normal(500, 256), change(normal(128, 256, seed=1))
+    codes, _, stats = nearest_code_with_stats(x[None], codebook[None], "l2")
+    assert torch.equal(codes[0], codes_of(x.double(), codebook.double(), "l2"))
+    # As for codes of even length; with one bound for all every row is left with half the codebook.
+    assert stats.fraction_reranked < (0.5 if isa == "avx512bf16" else 0.02)
+    assert stats.rescreened == 0
 
 
 def test_codes_a_bfloat16_screen_cannot_tell_apart_are_screened_again(isa: str) -> None:
