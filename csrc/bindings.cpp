@@ -278,6 +278,7 @@ PYBIND11_MODULE(_C, m) {
   bind_sample_codes_cuda(m);
   bind_segments_cuda(m);
   bind_quantize_cuda(m);
+  bind_gumbel_quantize_cuda(m);
 #endif
   m.def("logprobs_forward", &logprobs_forward);
   m.def("logprobs_backward", &logprobs_backward);

@@ -138,7 +138,11 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         _native("quantize"),
         _reference("quantize"),
     ),
-    "gumbel_quantize": (_native("gumbel_quantize"), _reference("gumbel_quantize")),
+    "gumbel_quantize": (
+        _cuda("gumbel_quantize", "gumbel_quantize_cuda"),
+        _native("gumbel_quantize"),
+        _reference("gumbel_quantize"),
+    ),
     "gated_merge": (_native("gated_merge"), _reference("gated_merge")),
     "sample_codes": (_cuda("sample_codes"), _native("sample_codes"), _reference("sample_codes")),
     "code_logprobs": (_native("code_logprobs"), _reference("code_logprobs")),
