@@ -12,10 +12,11 @@ struct Codebook {
   Metric metric;
   const T* codes;  // [K, D]
   int64_t num_codes, dim;
-  double* norms;              // [K], Euclidean; 0 where a code is not finite
-  uint8_t* finite;            // [K]
-  float* centre;              // [D]: mean of the finite codes (of their directions, for cosine)
-  float* row_centre;          // [D]: what rows have subtracted; the centre for l2, zero otherwise
+  double* norms;      // [K], Euclidean; 0 where a code is not finite
+  uint8_t* finite;    // [K]
+  float* centre;      // [D]: mean of the finite codes (of their directions, for cosine)
+  float* row_centre;  // [D]: what rows have subtracted, see centre_rows
+  double row_centre_norm;
   double norm_min, norm_max;  // of the finite codes that are not zero; kInf and 0 without any
   bool any_finite;
 
@@ -142,12 +143,37 @@ void centre_codes(Codebook<T>* book, int threads) {
       store_some(book->centre + begin + d, sums[d / kLanesD] * inverse, width - d);
     }
   });
+}
+
+// Chooses what rows have subtracted: the codes' centre for l2. For dot and cosine a mean of some
+// rows where they lie together away from the origin, and nothing otherwise, since rounded rows of
+// bfloat16 input lose nothing.
+template <typename T>
+void centre_rows(Codebook<T>* book, const T* x, int64_t rows, int64_t row_stride) {
+  constexpr int64_t kSample = 64;
+  const int64_t dim = book->dim;
   const size_t bytes = sizeof(float) * static_cast<size_t>(dim);
+  memset(book->row_centre, 0, bytes);
   if (book->metric == Metric::kL2) {
     memcpy(book->row_centre, book->centre, bytes);
   } else {
-    memset(book->row_centre, 0, bytes);
+    const Scratch memory(sizeof(double) * static_cast<size_t>(dim));
+    double* sums = static_cast<double*>(memory.data());
+    memset(sums, 0, sizeof(double) * static_cast<size_t>(dim));
+    double squares = 0.0, count = 0.0;
+    for (int64_t r = 0; r < rows; r += (rows + kSample - 1) / kSample) {
+      const T* row = x + r * row_stride;
+      const double square = square_norm(row, dim);
+      if (!(square < kInf)) continue;
+      squares += square;
+      count += 1.0;
+      for (int64_t d = 0; d < dim; ++d) sums[d] += to_double(row[d]);
+    }
+    if (4.0 * square_norm(sums, dim) > squares * count) {
+      for (int64_t d = 0; d < dim; ++d) book->row_centre[d] = static_cast<float>(sums[d] / count);
+    }
   }
+  book->row_centre_norm = __builtin_sqrt(square_norm(book->row_centre, dim));
 }
 
 // Rounds to the element of the screen and gives back the value kept.
@@ -165,35 +191,43 @@ LRL_INLINE HalfF round_to(BF16* out, HalfF v) {
   return bit_cast<HalfF>(kept);
 }
 
-// Columns [begin, begin + width) of one code, centred and rounded; adds to its sums of squares.
+struct CodeSums {
+  VecD square;  // of v
+  VecD lost;    // square of v - v'
+  VecD shift;   // product of v and the rows' centre
+};
+
+// Columns [begin, begin + width) of one code, centred and rounded; adds to its sums.
 template <typename T, typename E>
 void pack_code(const Codebook<T>& book, int64_t code, int64_t begin, int64_t width, E* out,
-               VecD* squares, VecD* lost) {
+               CodeSums* sums) {
   const T* c = book.codes + code * book.dim + begin;
   const double scale = book.scale(code);
   for (int64_t d = 0; d < width; d += kLanesD) {
     const VecD v = load_some(c + d, width - d, 0.0) * scale -
                    load_some(book.centre + begin + d, width - d, 0.0);
     const VecD kept = widen(round_to(out + d, __builtin_convertvector(v, HalfF)));
-    *squares += v * v;
-    *lost += (v - kept) * (v - kept);
+    sums->square += v * v;
+    sums->lost += (v - kept) * (v - kept);
+    sums->shift += v * load_some(book.row_centre + begin + d, width - d, 0.0);
   }
 }
 
-// The bounds of one code, from the squares of |v| and |v - v'|.
 template <typename T, typename E>
-void bound_code(const Codebook<T>& book, const Panels<E>& panels, int64_t code, double square,
-                double lost_square) {
+void bound_code(const Codebook<T>& book, const Panels<E>& panels, int64_t code,
+                const CodeSums& sums) {
   // Covers the rounding of these sums, of the float32 arrays, and of E itself in the scores.
   constexpr double kRoom = 1.0 + 0x1p-9;
+  const double square = sum_lanes(sums.square);
   const double norm = __builtin_sqrt(square);
-  const double lost = __builtin_sqrt(lost_square);
+  const double lost = __builtin_sqrt(sum_lanes(sums.lost));
   const double gamma = screen_gamma<E>(book.dim) + 0x1p-22;
-  const double bias = book.metric == Metric::kL2 ? -0.5 * square : 0.0;
+  const bool l2 = book.metric == Metric::kL2;
+  const double bias = l2 ? -0.5 * square : sum_lanes(sums.shift);
   // Results below the normal range may be flushed to zero.
   const double flushed = static_cast<double>(book.dim) * 0x1p-124;
-  const double exact = book.metric == Metric::kL2 ? 2.0 * book.exact_gamma() * square : 0.0;
-  const float slack = static_cast<float>(kRoom * (exact + flushed - gamma * bias));
+  const double exact = book.exact_gamma() * norm * (l2 ? 2.0 * norm : book.row_centre_norm);
+  const float slack = static_cast<float>(kRoom * (exact + flushed + gamma * __builtin_fabs(bias)));
   const bool usable = code < book.num_codes && book.finite[code] != 0;
   panels.norm[code] = static_cast<float>(kRoom * norm);
   panels.loss[code] = static_cast<float>(kRoom * (lost + gamma * (norm + lost)));
@@ -206,8 +240,7 @@ void pack_panel(const Codebook<T>& book, const Panels<E>& panels, int64_t panel)
   constexpr int64_t kColumns = ScreenTraits<E>::kColumns;
   const int64_t columns = panel_columns<E>(book.dim);
   const int64_t first = panel * kPanelCodes;
-  VecD squares[kPanelCodes] = {};
-  VecD lost[kPanelCodes] = {};
+  CodeSums sums[kPanelCodes] = {};
   E rows[kPanelCodes][kColumnSlab];
   for (int64_t begin = 0; begin < columns; begin += kColumnSlab) {
     const int64_t width = columns - begin < kColumnSlab ? columns - begin : kColumnSlab;
@@ -215,7 +248,7 @@ void pack_panel(const Codebook<T>& book, const Panels<E>& panels, int64_t panel)
     memset(rows, 0, sizeof(rows));
     for (int64_t j = 0; j < kPanelCodes; ++j) {
       if (first + j >= book.num_codes || book.finite[first + j] == 0) continue;
-      pack_code(book, first + j, begin, real, rows[j], squares + j, lost + j);
+      pack_code(book, first + j, begin, real, rows[j], sums + j);
     }
     E* out = panels.data + (panel * columns + begin) * kPanelCodes;
     for (int64_t d = 0; d < width; d += kColumns) {
@@ -226,7 +259,7 @@ void pack_panel(const Codebook<T>& book, const Panels<E>& panels, int64_t panel)
     }
   }
   for (int64_t j = 0; j < kPanelCodes; ++j) {
-    bound_code(book, panels, first + j, sum_lanes(squares[j]), sum_lanes(lost[j]));
+    bound_code(book, panels, first + j, sums[j]);
   }
 }
 
@@ -242,7 +275,7 @@ void pack_codebook(const Codebook<T>& book, Panels<E>* panels, int threads) {
     if (panels->slack[code] > slack) slack = panels->slack[code];
   }
   panels->reach = 2.0 * (norm + loss);
-  panels->bias_reach = norm * norm + 2.0 * slack;
+  panels->bias_reach = norm * (norm + book.row_centre_norm) + 2.0 * slack;
 }
 
 // Memory of a codebook's measures and of its panels.

@@ -36,6 +36,11 @@ LRL_INLINE LaneF load_lanes(const BF16* p) {
 LRL_INLINE LaneF load_lanes(const F16* p) {
   LaneU16 h16;
   memcpy(&h16, p, sizeof(h16));
+#if defined(LATENT_RL_LANES_16)
+  return bit_cast<LaneF>(_mm512_cvtph_ps(bit_cast<__m256i>(h16)));
+#elif defined(LATENT_RL_LANES_8)
+  return half_to_float(h16);
+#else
   const LaneU h = __builtin_convertvector(h16, LaneU);
   const LaneU magnitude = (h & 0x7fffu) << 13;
   // Rebias the exponent by multiplication, which also normalises subnormals.
@@ -43,6 +48,7 @@ LRL_INLINE LaneF load_lanes(const F16* p) {
   const LaneU special = bit_cast<LaneU>(magnitude >= (0x7c00u << 13));
   const LaneU bits = (special & (magnitude | 0x7f800000u)) | (~special & scaled);
   return bit_cast<LaneF>(bits | ((h & 0x8000u) << 16));
+#endif
 }
 
 // Up to kLanesF elements; the missing ones are zero.

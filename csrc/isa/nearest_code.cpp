@@ -116,7 +116,8 @@ double leader_error(const Pass<T, E>& pass, const RowNorm& norm, const ScreenSta
                        static_cast<double>(state.kept) * panels.loss[leader] + panels.slack[leader];
   const Codebook<T>& book = pass.book;
   const bool l2 = book.metric == Metric::kL2;
-  const double scale = norm.length * (l2 ? 2.0 * norm.length : book.reach());
+  const double scale =
+      l2 ? 2.0 * norm.length * norm.length : (norm.length + book.row_centre_norm) * book.reach();
   return 2.0 * (bound + book.exact_gamma() * scale);
 }
 
@@ -146,7 +147,7 @@ int64_t choose(const Pass<T, E>& pass, const T* x, const RowNorm& norm, const Sc
   // A float32 distance takes twice a multiplied column's time and more.
   const bool many = candidates->count > 8 && candidates->count * 4 > book.num_codes;
   if (many && !pass.last) return kPending;
-  return refine(book, x, norm.length, candidates, counts);
+  return refine(book, x, norm.length + book.row_centre_norm, candidates, counts);
 }
 
 template <typename T, typename E>
@@ -277,6 +278,7 @@ struct Search {
       return;
     }
     centre_codes(book, threads);
+    centre_rows(book, x, args.rows, args.x_row_stride);
     const PanelMemory<FastElement> memory(book->num_codes, book->dim);
     Panels<FastElement> panels = memory.panels();
     pack_codebook(*book, &panels, threads);

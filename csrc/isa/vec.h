@@ -11,6 +11,10 @@
 #include "dtype.h"
 #include "parallel.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #define LRL_INLINE inline __attribute__((always_inline))
 
 namespace latent_rl {
@@ -63,6 +67,9 @@ LRL_INLINE VecD splat(double value) { return VecD{} + value; }
 LRL_INLINE VecD widen(HalfF v) { return __builtin_convertvector(v, VecD); }
 
 LRL_INLINE HalfF half_to_float(QuarterU16 h16) {
+#if defined(__F16C__)
+  return bit_cast<HalfF>(_mm256_cvtph_ps(bit_cast<__m128i>(h16)));
+#else
   const HalfU32 h = __builtin_convertvector(h16, HalfU32);
   const HalfU32 sign = (h & 0x8000u) << 16;
   const HalfU32 magnitude = (h & 0x7fffu) << 13;
@@ -72,6 +79,7 @@ LRL_INLINE HalfF half_to_float(QuarterU16 h16) {
   const HalfU32 bits =
       (special & (magnitude | 0x7f800000u)) | (~special & bit_cast<HalfU32>(scaled));
   return bit_cast<HalfF>(bits | sign);
+#endif
 }
 
 LRL_INLINE HalfF load8f(const float* p) {
