@@ -153,7 +153,15 @@ OPS = tuple(_TABLE)
 
 def implementation(op: str, function: str, request: Request) -> Callable[..., Any]:
     """The function named ``function`` (as in the reference) of the row serving ``request``."""
-    return resolve(op, request).function(function)
+    forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return _implementation(op, function, request, forced, _interpreted())
+
+
+@functools.cache
+def _implementation(
+    op: str, function: str, request: Request, forced: str, interpreted: bool
+) -> Callable[..., Any]:
+    return _resolve(op, request, forced, interpreted).function(function)
 
 
 def resolve(op: str, request: Request) -> Row:

@@ -108,26 +108,34 @@ LRL_INLINE VecD gumbel(VecU64 word) {
   return -log(-log(u));
 }
 
-// The noise of the codes in `ids`, each below 2^31.
-LRL_INLINE VecD gumbel_of_codes(PhiloxKey key, VecU64 ids) {
+// The words of the codes in `ids`, each below 2^31.
+LRL_INLINE VecU64 words_of_codes(PhiloxKey key, VecU64 ids) {
   const PhiloxWords w = philox_words_of(key, ids >> 2);
   const VecU64 odd = VecU64{} - (ids & 1);
   const VecU64 upper = VecU64{} - ((ids >> 1) & 1);
   const VecU64 front = (w.word[0] & ~odd) | (w.word[1] & odd);
   const VecU64 back = (w.word[2] & ~odd) | (w.word[3] & odd);
-  return gumbel((front & ~upper) | (back & upper));
+  return (front & ~upper) | (back & upper);
 }
 
-// An upper bound of gumbel(widen(word)) without a logarithm, at most 0.06 above it where it matters
-// (u near 1). -log(u) > 1 - u = v, so G < -log(v); and as log2 is concave, v = 2^e (1 + f) has
-// log2(v) >= e + f, which is the double's bit pattern read as a fixed-point number. The slack
-// covers the rounding of the float64 logarithms.
-LRL_INLINE VecD gumbel_bound(HalfU32 word) {
-  // v = (~word + 0.5) * 2^-32.
-  const VecU64 bits = widen(~word) | 0x4330000000000000ULL;
-  const VecU64 pattern = bit_cast<VecU64>(bit_cast<VecD>(bits) - 0x1p52 + 0.5) >> 20;
+struct GumbelBounds {
+  VecD upper;
+  VecD lower;
+};
+
+// Bounds of gumbel(word) without a logarithm. With v = 1 - u, v < -log(u) < v / (1 - v), so
+// -log(v) + log(1 - v) < G < -log(v), where log(1 - v) > -1.387 v for v <= 1/2. As log2 is concave,
+// v = 2^e (1 + f) has 0 <= log2(v) - (e + f) < 0.0861, and e + f is the bit pattern of the double
+// read as a fixed-point number. The bounds are 0.06 apart where it matters (u near 1); 1e-9 covers
+// the rounding of the float64 logarithms and of the pattern.
+LRL_INLINE GumbelBounds gumbel_bounds(VecU64 word) {
+  const VecU64 bits = (word ^ 0xffffffffULL) | 0x4330000000000000ULL;
+  const VecD scaled = bit_cast<VecD>(bits) - 0x1p52 + 0.5;  // v * 2^32
+  const VecU64 pattern = bit_cast<VecU64>(scaled) >> 20;
   const VecD biased = bit_cast<VecD>(pattern | 0x4330000000000000ULL) - 0x1p52;
-  return (0x1p32 * (32.0 + 1023.0) - biased) * 0x1.62e42fefa39fp-33 + 1e-9;
+  const VecD upper = (0x1p32 * (32.0 + 1023.0) - biased) * 0x1.62e42fefa39fp-33 + 1e-9;
+  const VecD lower = upper - 0.05968 - scaled * (1.387 * 0x1p-32);
+  return {upper, scaled > splat(0x1p31) ? splat(-kInf) : lower};
 }
 
 // noise[k] for k in [0, count), count rounded up to 32 by the caller's buffer.

@@ -44,11 +44,24 @@ struct SoftmaxSums {
   double logprob(double v) const { return v - top - log_mass; }
 };
 
-// The mass alone. `row` holds float or double and is readable up to padded(num_codes).
-template <typename S>
-inline double softmax_mass(const S* row, int64_t num_codes, double top) {
+// The mass alone. `row` is readable up to padded(num_codes).
+inline double softmax_mass(const double* row, int64_t num_codes, double top) {
   VecD mass = VecD{};
   for (int64_t k = 0; k < num_codes; k += kLanesD) mass += exp(load8(row + k) - top);
+  return sum_lanes(mass);
+}
+
+// Likewise with exponentials in float32, added in float64: good to about 2e-7, relatively.
+inline double softmax_mass(const float* row, int64_t num_codes, double top) {
+  const VecF float_top = VecF{} + static_cast<float>(top);
+  VecD mass = VecD{};
+  for (int64_t k = 0; k < num_codes; k += 2 * kLanesD) {
+    VecF v;
+    memcpy(&v, row + k, sizeof(v));
+    HalfF low, high;
+    split(exp(v - float_top), &low, &high);
+    mass += widen(low) + widen(high);
+  }
   return sum_lanes(mass);
 }
 
@@ -81,26 +94,12 @@ struct ArgMax {
     index = better ? lane + first : index;
   }
 
-  // As add, when later calls may bring lower indices.
-  LRL_INLINE void add_unordered(VecD score, int64_t first) {
-    const VecI64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    const VecI64 at = lane + first;
-    const VecI64 better = (score > best) | ((score == best) & (at < index));
-    best = better ? score : best;
-    index = better ? at : index;
-  }
-
+  // -1 when nothing above -inf was added.
   LRL_INLINE int64_t lowest() const {
-    int64_t at = -1;
-    double top = -kInf;
-    for (int lane = 0; lane < kLanesD; ++lane) {
-      if (index[lane] < 0) continue;
-      if (at < 0 || best[lane] > top || (best[lane] == top && index[lane] < at)) {
-        at = index[lane];
-        top = best[lane];
-      }
-    }
-    return at;
+    const VecI64 none = VecI64{} - INT64_MAX;
+    const VecI64 wins = (best == splat(max_lanes(best))) & (index >= 0);
+    const int64_t at = -max_lanes(wins ? -index : none);
+    return at == INT64_MAX ? -1 : at;
   }
 };
 
@@ -113,46 +112,42 @@ inline int64_t argmax(const double* row, int64_t num_codes) {
 // argmax of row + Gumbel noise; -inf entries are never chosen. `scratch` has room for
 // padded(num_codes) 32-bit entries.
 //
-// Most codes cannot win whatever their noise's exact value. The first pass keeps a bound of the
-// scores for each lane of each block of 32 codes; the block with the greatest is scored, and then
-// only vectors of codes in which some bound reaches the best score so far.
+// Most codes cannot win whatever their noise's exact value. The first pass bounds the scores from
+// above, for each lane of each block of 32 codes, and the best score from below; the second scores
+// only vectors of codes in which some upper bound reaches the best score so far.
 inline int64_t argmax_with_noise(const double* row, int64_t num_codes, PhiloxKey key,
                                  uint32_t* scratch) {
   constexpr int64_t kParts = kNoiseBlock / kLanesD;
   const int64_t blocks = padded(num_codes) / kNoiseBlock;
   double* bounds = reinterpret_cast<double*>(scratch);
-  VecD best = splat(-kInf);
+  VecD lower = splat(-kInf);
   for (int64_t block = 0; block < blocks; ++block) {
     const NoiseBlock words = philox_block(key, block);
-    VecD highest = splat(-kInf);
+    VecD upper = splat(-kInf);
     for (int64_t part = 0; part < kParts; ++part) {
-      const double* at = row + block * kNoiseBlock + part * kLanesD;
-      highest = max(highest, load8(at) + gumbel_bound(words.part[part]));
+      const VecD value = load8(row + block * kNoiseBlock + part * kLanesD);
+      const GumbelBounds noise = gumbel_bounds(widen(words.part[part]));
+      upper = max(upper, value + noise.upper);
+      lower = max(lower, value + noise.lower);
     }
-    store8(bounds + block * kLanesD, highest);
-    best = max(best, highest);
+    store8(bounds + block * kLanesD, upper);
   }
-  const double greatest = max_lanes(best);
-  int64_t likely = 0;
-  while (!any_lane(load8(bounds + likely * kLanesD) == splat(greatest))) ++likely;
+  // Rounding is monotone, so bounds of the noise are bounds of the rounded sums too.
+  double reached = max_lanes(lower);
   ArgMax running;
-  double reached = -kInf;
-  const auto score = [&](int64_t block) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (!any_lane(load8(bounds + block * kLanesD) >= splat(reached))) continue;
     const NoiseBlock words = philox_block(key, block);
     for (int64_t part = 0; part < kParts; ++part) {
       const int64_t first = block * kNoiseBlock + part * kLanesD;
       const VecD value = load8(row + first);
-      if (!any_lane(value + gumbel_bound(words.part[part]) >= splat(reached))) continue;
-      const VecD scores = value + gumbel(widen(words.part[part]));
-      running.add_unordered(scores, first);
+      const VecU64 word = widen(words.part[part]);
+      if (!any_lane(value + gumbel_bounds(word).upper >= splat(reached))) continue;
+      const VecD scores = value + gumbel(word);
+      running.add(scores, first);
       const double top = max_lanes(scores);
       reached = top > reached ? top : reached;
     }
-  };
-  score(likely);
-  for (int64_t block = 0; block < blocks; ++block) {
-    if (block == likely || !any_lane(load8(bounds + block * kLanesD) >= splat(reached))) continue;
-    score(block);
   }
   return running.lowest();
 }

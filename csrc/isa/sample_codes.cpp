@@ -108,7 +108,7 @@ int64_t list_top_k(const S* row, int64_t num_codes, const Scan<S>& scan, int64_t
   const int64_t listed = list(row, num_codes, bracket.low, w.ids, values);
   pad(values, listed, -kInf);
   const Cut<S> cut =
-      walk(values, listed, bracket, target, w.positions, [](int64_t) { return 1.0; });
+      find_cut(values, listed, bracket, target, w.positions, [](int64_t) { return 1.0; });
   int64_t size = 0;
   for (int64_t i = 0; i < listed; i += kLanesOf<S>) {
     const auto v = load_vec(values + i);
@@ -156,7 +156,8 @@ Cut<double> cut_at_mass(const Workspace& w, int64_t size, double lowest, double 
     }
   }
   bracket = narrow(bracket, target, measure);
-  return walk(w.values, size, bracket, target, w.positions, [&](int64_t i) { return w.masses[i]; });
+  return find_cut(w.values, size, bracket, target, w.positions,
+                  [&](int64_t i) { return w.masses[i]; });
 }
 
 // Applies top_p and min_p to the listed codes; returns how many stay, and the sums over them.
@@ -182,29 +183,56 @@ int64_t truncate(const SampleArgs& args, const Workspace& w, int64_t listed, dou
   return size;
 }
 
-// Position of the kept code with the greatest noisy value.
-int64_t draw(const Workspace& w, int64_t size, int64_t num_codes, PhiloxKey key) {
+struct Drawn {
+  int64_t code;
+  double value;  // logit / T of the code
+};
+
+// The kept code with the greatest noisy value.
+Drawn draw(const Workspace& w, int64_t size, int64_t num_codes, PhiloxKey key) {
   // The noise of a listed code costs four times that of a code in a dense row.
   if (4 * size > num_codes) {
     for (int64_t k = 0; k < padded(num_codes); k += kLanesD) store8(w.row + k, splat(-kInf));
     for (int64_t i = 0; i < size; ++i) w.row[w.ids[i]] = w.values[i];
     const int64_t code =
         argmax_with_noise(w.row, num_codes, key, reinterpret_cast<uint32_t*>(w.positions));
-    int64_t low = 0;
-    for (int64_t high = size; high - low > 1;) {
-      const int64_t middle = (low + high) / 2;
-      (w.ids[middle] <= code ? low : high) = middle;
-    }
-    return low;
+    return {code, w.row[code]};
   }
-  ArgMax running;
   pad(w.values, size, -kInf);
+  int32_t* words = w.positions;
+  double* upper = w.listed;
+  VecD lower = splat(-kInf);
   for (int64_t i = 0; i < size; i += kLanesD) {
     HalfU32 ids;
     memcpy(&ids, w.ids + i, sizeof(ids));
-    running.add(load8(w.values + i) + gumbel_of_codes(key, widen(ids)), i);
+    const VecU64 word = words_of_codes(key, widen(ids));
+    const HalfU32 narrow_word = __builtin_convertvector(word, HalfU32);
+    memcpy(words + i, &narrow_word, sizeof(narrow_word));
+    const VecD value = load8(w.values + i);
+    const GumbelBounds noise = gumbel_bounds(word);
+    store8(upper + i, value + noise.upper);
+    lower = max(lower, value + noise.lower);
   }
-  return running.lowest();
+  // Only codes whose upper bound reaches the greatest lower bound can win: one or two of them,
+  // packed to the front.
+  const double reached = max_lanes(lower);
+  int64_t candidates = 0;
+  for (int64_t i = 0; i < size; i += kLanesD) {
+    const VecI64 stays = load8(upper + i) >= splat(reached);
+    pack(stays, load8(w.values + i), w.values + candidates);
+    pack(stays, load_ids<double>(w.ids + i), w.ids + candidates);
+    candidates += pack(stays, load_ids<double>(words + i), words + candidates);
+  }
+  if (candidates == 1) return {w.ids[0], w.values[0]};
+  pad(w.values, candidates, -kInf);
+  ArgMax running;
+  for (int64_t i = 0; i < candidates; i += kLanesD) {
+    HalfU32 word;
+    memcpy(&word, words + i, sizeof(word));
+    running.add(load8(w.values + i) + gumbel(widen(word)), i);
+  }
+  const int64_t at = running.lowest();
+  return {w.ids[at], w.values[at]};
 }
 
 template <typename T>
@@ -257,11 +285,10 @@ void truncated_row(const SampleArgs& args, int64_t at, const Workspace& w) {
   const double mass = weigh(listed, size, top, divisor, w);
   SoftmaxSums sums = {};
   size = truncate(args, w, size, scan.lowest / divisor, top, mass, &sums);
-  const int64_t drawn = draw(w, size, num_codes, key_of_row(args, at));
+  const Drawn drawn = draw(w, size, num_codes, key_of_row(args, at));
   const VecD log_mass = log(VecD{sums.mass, full_mass, 1, 1, 1, 1, 1, 1});
-  const int64_t code = w.ids[drawn];
-  write_row<T>(args, at, code, w.values[drawn] - top - log_mass[0],
-               to_double(logits[code]) - full_top - log_mass[1],
+  write_row<T>(args, at, drawn.code, drawn.value - top - log_mass[0],
+               to_double(logits[drawn.code]) - full_top - log_mass[1],
                log_mass[0] - sums.weighted / sums.mass);
 }
 

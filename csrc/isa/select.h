@@ -2,7 +2,7 @@
 //
 // A truncation keeps a prefix of the order "greater value first, then lower id". The value at which
 // the prefix ends is bracketed by bisection, each step one vectorised pass, until few elements are
-// left in the bracket; only those are sorted. Bisection alternates between the middle of the values
+// left in the bracket; only those are ranked. Bisection alternates between the middle of the values
 // and the middle of their bit patterns: the first is quick on ordinary rows, the second bounds the
 // number of passes (4 per bit) whatever the values are.
 #pragma once
@@ -15,10 +15,9 @@
 namespace latent_rl {
 namespace LATENT_RL_ISA_NAME {
 
-// A bracket of at most this many elements is sorted: one vector.
+// A bracket of at most this many elements is ranked: one vector.
 constexpr int64_t kWindow = kLanesD;
 
-typedef int32_t VecI32 __attribute__((vector_size(64)));
 typedef int32_t HalfI32 __attribute__((vector_size(32)));
 
 template <typename S>
@@ -193,47 +192,52 @@ struct Cut {
   }
 };
 
-// order[r] = index of the r-th of `count` <= kWindow values, greatest first, ties by lowest index.
-template <typename S>
-inline void sort_window(const S* values, int64_t count, int32_t* order) {
+// The end of the prefix among at most kWindow elements with the given weights: an element stays
+// while the weight before it, `above` included, falls short of the target. Returns its index.
+inline int64_t last_in_window(const double* values, const double* weights, int64_t count,
+                              double above, double target) {
   const VecI64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  VecD all = splat(-kInf);
-  for (int64_t i = 0; i < count; ++i) all[i] = values[i];
-  VecI64 rank = {};
-  for (int64_t i = 0; i < count; ++i) {
+  const VecD all = load8(values);
+  VecD before = splat(above);
+  for (int64_t i = 0; i < kWindow; ++i) {
     const VecD v = splat(values[i]);
-    rank -= (v > all) | ((v == all) & (lane > i));
+    const VecI64 behind = (v > all) | ((v == all) & (lane > i));
+    before += behind ? splat(weights[i]) : splat(0.0);
   }
-  for (int64_t i = 0; i < count; ++i) order[rank[i]] = static_cast<int32_t>(i);
+  // The last of those that stay is the least, and of equal ones the one of the highest index.
+  const VecI64 stays = (before < splat(target)) & (lane < count);
+  const double least = -max_lanes(stays ? -all : splat(-kInf));
+  return max_lanes(stays & (all == splat(least)) ? lane : VecI64{});
 }
 
-// The end of the prefix in a narrowed bracket over `size` listed values: taken in order, elements
-// stay while the weight before them falls short of the target. `positions` has room for size + 16.
+// The end of the prefix in a narrowed bracket over `size` listed values. `positions` has room for
+// size + 16.
 template <typename S, typename Weight>
-Cut<S> walk(const S* values, int64_t size, const Bracket<S>& bracket, double target,
-            int32_t* positions, const Weight& weight) {
+Cut<S> find_cut(const S* values, int64_t size, const Bracket<S>& bracket, double target,
+                int32_t* positions, const Weight& weight) {
   int64_t count = 0;
   for (int64_t i = 0; i < size; i += kLanesOf<S>) {
     const auto v = load_vec(values + i);
     count += pack((v >= bracket.low) & (v < bracket.high), ids_from<S>(i), positions + count);
   }
-  // A longer window holds one value, so it is in order already.
-  const bool sorts = count <= kWindow;
-  int32_t order[kWindow];
-  if (sorts) {
-    S window[kWindow];
-    for (int64_t i = 0; i < count; ++i) window[i] = values[positions[i]];
-    sort_window(window, count, order);
+  int32_t at = positions[0];
+  if (count <= kWindow) {
+    double window[kWindow];
+    double weights[kWindow];
+    for (int64_t i = 0; i < kWindow; ++i) {
+      window[i] = i < count ? values[positions[i]] : -kInf;
+      weights[i] = i < count ? weight(positions[i]) : 0.0;
+    }
+    at = positions[last_in_window(window, weights, count, bracket.above.weight, target)];
+  } else {
+    // A longer window holds one value, so it is in order already.
+    double before = bracket.above.weight;
+    for (int64_t i = 0; i < count && before < target; ++i) {
+      at = positions[i];
+      before += weight(at);
+    }
   }
-  Cut<S> cut = {bracket.low, -1};
-  double before = bracket.above.weight;
-  for (int64_t r = 0; r < count; ++r) {
-    cut.at = positions[sorts ? order[r] : r];
-    before += weight(cut.at);
-    if (before >= target) break;
-  }
-  if (cut.at >= 0) cut.value = values[cut.at];
-  return cut;
+  return {values[at], at};
 }
 
 }  // namespace LATENT_RL_ISA_NAME

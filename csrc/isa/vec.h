@@ -22,6 +22,7 @@ namespace LATENT_RL_ISA_NAME {
 
 typedef float VecF __attribute__((vector_size(64)));
 typedef double VecD __attribute__((vector_size(64)));
+typedef int32_t VecI32 __attribute__((vector_size(64)));
 typedef int64_t VecI64 __attribute__((vector_size(64)));
 typedef uint64_t VecU64 __attribute__((vector_size(64)));
 typedef double HalfD __attribute__((vector_size(32)));
@@ -207,6 +208,14 @@ LRL_INLINE double max_lanes(VecD v) {
   const double odd = low[1] > low[3] ? low[1] : low[3];
   return even > odd ? even : odd;
 }
+LRL_INLINE int64_t max_lanes(VecI64 v) {
+  HalfI64 low, high;
+  split(v, &low, &high);
+  low = low > high ? low : high;
+  const int64_t even = low[0] > low[2] ? low[0] : low[2];
+  const int64_t odd = low[1] > low[3] ? low[1] : low[3];
+  return even > odd ? even : odd;
+}
 LRL_INLINE bool any_lane(VecI64 mask) {
   HalfI64 low, high;
   split(mask, &low, &high);
@@ -240,6 +249,26 @@ LRL_INLINE VecD exp(VecD x) {
   // The integer n sits in the low bits of `shifted`; added to the exponent it multiplies by 2^n.
   const VecD y = bit_cast<VecD>(bit_cast<VecI64>(p) + (bit_cast<VecI64>(shifted) << 52));
   return x < splat(-708.0) ? splat(0.0) : y;
+}
+
+// exp in float32 for x <= 88, within 2 ulp; below -86 the result is 0 (true value under 5e-38).
+LRL_INLINE VecF exp(VecF x) {
+  const VecF shifter = VecF{} + 0x1.8p23f;
+  const VecF least = VecF{} - 86.0f;
+  const VecF clamped = x < least ? least : x;
+  const VecF shifted = clamped * 0x1.715476p+0f + shifter;
+  const VecF n = shifted - shifter;
+  const VecF r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  // As above with q of degree 4: its error is below 1.1e-8.
+  VecF p = VecF{} + 0x1.6d117cp-10f;
+  p = p * r + 0x1.120be2p-7f;
+  p = p * r + 0x1.555518p-5f;
+  p = p * r + 0x1.5554dcp-3f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const VecF y = bit_cast<VecF>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
+  return x < least ? VecF{} : y;
 }
 
 // log of positive normal numbers. The reduction and the polynomial are FDLIBM's.

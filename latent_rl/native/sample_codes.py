@@ -104,10 +104,8 @@ def sample_codes_cuda(
 
 
 def _outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, acc = logits.shape[0], accumulator(logits.dtype)
-    return (
-        torch.empty(rows, dtype=torch.int64, device=logits.device),
-        torch.empty(rows, dtype=acc, device=logits.device),
-        torch.empty(rows, dtype=acc, device=logits.device),
-        torch.empty(rows, dtype=acc, device=logits.device),
-    )
+    rows, device = logits.shape[0], logits.device
+    codes = torch.empty(rows, dtype=torch.int64, device=device)
+    logprob = torch.empty(rows, dtype=accumulator(logits.dtype), device=device)
+    # Cheaper than naming dtype and device again: this runs once per decoded token.
+    return codes, logprob, torch.empty_like(logprob), torch.empty_like(logprob)
