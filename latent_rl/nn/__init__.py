@@ -12,6 +12,8 @@ from latent_rl.nn.quantizers import (
     VectorQuantizer,
     perplexity,
 )
+from latent_rl.nn.regularizers import orthogonality_loss, usage_loss
+from latent_rl.nn.residual import ResidualQuantized, ResidualQuantizer
 
 __all__ = [
     "BlockMerge",
@@ -29,7 +31,11 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "ResidualMerge",
+    "ResidualQuantized",
+    "ResidualQuantizer",
     "VectorQuantizer",
     "gaussian_nll",
+    "orthogonality_loss",
     "perplexity",
+    "usage_loss",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from latent_rl import ops
 from latent_rl.nn.collective import all_reduce_sum, broadcast_first, gather_rows
+from latent_rl.nn.kmeans import lloyd_step, seed_centers
 
 METRICS = ("l2", "cosine")
 # Rows of one rank that k-means and dead-code revival look at, so that neither grows with the batch.
@@ -148,7 +149,7 @@ class EmaCodebook(Codebook):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Set the codes by k-means on x [N, D]: random distinct rows, then Lloyd's steps.
+        """Set the codes by k-means on x [N, D]: k-means++ seeds, then Lloyd's steps.
 
         An empty cluster takes the row worst served so far. With fewer rows than codes the rest
         of the codes are copies of rows moved by a hundredth of the rows' spread. Every rank
@@ -159,31 +160,20 @@ class EmaCodebook(Codebook):
         if n == 0:
             return
         draw = self._generator(0)
-        order = torch.randperm(n, generator=draw).to(rows.device)
-        centers = rows[order.repeat(-(-k // n))[:k]].clone()
         if n < k:
+            order = torch.randperm(n, generator=draw).to(rows.device)
+            centers = rows[order.repeat(-(-k // n))[:k]].clone()
             noise = torch.randn(centers.shape, generator=draw).to(rows.device)
             centers[n:] += 0.01 * rows.std(unbiased=False).clamp_min(1e-6) * noise[n:]
+        else:
+            centers = seed_centers(rows, k, self.metric, draw)
         counts = rows.new_ones(k)
         for _ in range(self.kmeans_iterations if n > k else 0):
-            centers, counts = self._lloyd(rows, centers)
+            centers, counts = lloyd_step(rows, centers, self.metric)
         broadcast_first(centers, counts)
         # Counts start at the mean of one step, as if this batch had been seen once.
         self._set(centers, counts.clamp_min(1.0))
         self.initialised.fill_(True)
-
-    def _lloyd(self, rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        out = ops.quantize(rows, centers, metric=self.metric)
-        counts = out.counts.to(rows.dtype)
-        means = out.sums.to(rows.dtype) / counts.clamp_min(1.0)[:, None]
-        empty = counts == 0
-        if bool(empty.any()):
-            distance = (rows - centers[out.codes]).square().sum(-1)
-            worst = distance.argsort(descending=True, stable=True)[: int(empty.sum())]
-            means[empty] = rows[worst]
-        if self.metric == "cosine":
-            means = nn.functional.normalize(means, dim=-1)
-        return means, counts
 
     @torch.no_grad()
     def update(self, x: Tensor, counts: Tensor, sums: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from latent_rl import ops
 from latent_rl.nn.codebook import Codebook
+from latent_rl.nn.regularizers import orthogonality_loss, usage_loss
 
 
 class Quantized(NamedTuple):
@@ -68,14 +69,47 @@ class VectorQuantizer(nn.Module):
     """Nearest code (VQ-VAE): features live in the codebook's space, F = D.
 
     The loss is ``commitment * mean((x - sg(c))^2)``, plus ``mean((sg(x) - c)^2)`` when the
-    codebook learns by gradient.
+    codebook learns by gradient, plus the regularisers of :mod:`latent_rl.nn.regularizers` that
+    have a weight.
     """
 
     codebook: Codebook
 
-    def __init__(self, codebook: Codebook, *, commitment: float = 0.25) -> None:
-        """See the class; ``commitment`` is the paper's beta (van den Oord et al. 2017, eq. 3)."""
+    def __init__(
+        self,
+        codebook: Codebook,
+        *,
+        commitment: float = 0.25,
+        orthogonality: float = 0.0,
+        usage: float = 0.0,
+        usage_temperature: float = 1.0,
+    ) -> None:
+        """See the class.
+
+        Args:
+            codebook: learned by moving averages or by gradient.
+            commitment: beta (van den Oord et al. 2017, eq. 3).
+            orthogonality: weight of :func:`orthogonality_loss`; needs a codebook with gradients.
+            usage: weight of :func:`usage_loss`, which moves rows towards neglected codes, and
+                codes with gradients towards rows.
+            usage_temperature: of its soft assignments.
+
+        Raises:
+            ValueError: for negative weights, or orthogonality of codes without gradients.
+        """
         super().__init__()
+        if min(commitment, orthogonality, usage) < 0:
+            raise ValueError(
+                "VectorQuantizer: commitment, orthogonality and usage must be >= 0, got "
+                f"{commitment}, {orthogonality} and {usage}"
+            )
+        if orthogonality and not isinstance(codebook.weight, nn.Parameter):
+            raise ValueError(
+                "VectorQuantizer: orthogonality needs a codebook that learns by gradient, got "
+                f"{type(codebook).__name__}"
+            )
+        self.orthogonality, self.usage = orthogonality, usage
+        self.usage_temperature = usage_temperature
         self.codebook = codebook
         self.commitment = commitment
 
@@ -101,6 +135,10 @@ class VectorQuantizer(nn.Module):
         loss = self.commitment * out.commitment_loss
         if weight.requires_grad:
             loss = loss + out.codebook_loss
+        if self.orthogonality:
+            loss = loss + self.orthogonality * orthogonality_loss(weight)
+        if self.usage:
+            loss = loss + self.usage * usage_loss(x, weight, temperature=self.usage_temperature)
         if self.training:
             self.codebook.update(x, out.counts, out.sums)
         share = out.counts.float() / out.counts.sum().clamp_min(1)
