@@ -1,0 +1,1 @@
+"""Benchmarks of whole parts of training: more than one op."""
