@@ -73,5 +73,7 @@ def code_logprobs_backward(
     if ref_logits is not None:
         gap = torch.where(probs > 0, log_probs - _distribution(ref_logits, valid)[1], 0)
         kl = (probs * gap).sum(-1, keepdim=True)
-        dlogits += grads[2] * torch.where(probs > 0, probs * (gap - kl), 0)
+        # An infinite KL that the loss does not use must not make its gradient NaN.
+        used = (probs > 0) & (grads[2] != 0)
+        dlogits += torch.where(used, grads[2] * probs * (gap - kl), 0)
     return torch.where(valid[:, None], dlogits, 0).to(logits.dtype)
