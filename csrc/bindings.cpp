@@ -49,9 +49,9 @@ void nearest_code(int dtype_code, int metric, Address x, Address codebook, Addre
   run(op, &OpTable::nearest_code,
       NearestArgs{dtype, static_cast<Metric>(metric), data(op, "x", x, total * dim, dtype),
                   data(op, "codebook", codebook, groups * num_codes * dim, dtype),
-                  ids(op, "codes", codes, total), data(op, "distance", distance, total, acc),
-                  groups, rows, num_codes, dim, x_group_stride, x_row_stride,
-                  ids(op, "counters", counters, 0)},
+                  ids(op, "codes", codes, total),
+                  optional_data(op, "distance", distance, total, acc), groups, rows, num_codes, dim,
+                  x_group_stride, x_row_stride, ids(op, "counters", counters, 0)},
       threads);
 }
 
@@ -77,20 +77,23 @@ double quantize_forward(int dtype_code, Address x, Address codebook, Address cod
 }
 
 void quantize_backward(int dtype_code, Address grad, Address x, Address codebook, Address codes,
-                       Address dx, double scale, int64_t rows, int64_t num_codes, int64_t dim,
+                       Address counts, Address sums, Address dx, Address dcodebook, double scale,
+                       double codebook_scale, int64_t rows, int64_t num_codes, int64_t dim,
                        int64_t grad_row_stride, int64_t x_row_stride, int threads) {
   const char* op = "quantize_backward";
   const DType dtype = check_dtype(op, "x", dtype_code);
   check_rows(op, rows, num_codes);
   check_size(op, "dim", dim, 1);
-  check_stride(op, "grad", grad_row_stride, dim);
+  if (grad_row_stride != 0) check_stride(op, "grad", grad_row_stride, dim);
   check_stride(op, "x", x_row_stride, dim);
   run(op, &OpTable::quantize_backward,
-      QuantizeBackwardArgs{dtype, data(op, "grad", grad, rows * dim, dtype),
-                           data(op, "x", x, rows * dim, dtype),
-                           data(op, "codebook", codebook, num_codes * dim, dtype),
-                           ids(op, "codes", codes, rows), data(op, "dx", dx, rows * dim, dtype),
-                           scale, rows, num_codes, dim, grad_row_stride, x_row_stride},
+      QuantizeBackwardArgs{
+          dtype, data(op, "grad", grad, rows * dim, dtype), data(op, "x", x, rows * dim, dtype),
+          data(op, "codebook", codebook, num_codes * dim, dtype), ids(op, "codes", codes, rows),
+          data(op, "dx", dx, rows * dim, dtype), ids(op, "counts", counts, num_codes),
+          data(op, "sums", sums, num_codes * dim, accumulation(dtype)),
+          data(op, "dcodebook", dcodebook, num_codes * dim, dtype), scale, codebook_scale, rows,
+          num_codes, dim, grad_row_stride, x_row_stride},
       threads);
 }
 

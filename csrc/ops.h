@@ -44,14 +44,18 @@ struct QuantizeForwardArgs {
 
 struct QuantizeBackwardArgs {
   DType dtype;
-  const void* grad;      // [N, D]
-  const void* x;         // [N, D]
-  const void* codebook;  // [K, D]
-  const int64_t* codes;  // [N]
-  void* dx;              // [N, D]
-  double scale;          // grad_commitment * 2 / (Nv * D)
+  const void* grad;       // [N, D]
+  const void* x;          // [N, D]
+  const void* codebook;   // [K, D]
+  const int64_t* codes;   // [N]
+  void* dx;               // [N, D]
+  const int64_t* counts;  // [K]
+  const void* sums;       // acc [K, D]
+  void* dcodebook;        // [K, D]
+  double scale;           // grad_commitment * 2 / (Nv * D)
+  double codebook_scale;  // grad_codebook_loss * 2 / (Nv * D)
   int64_t rows, num_codes, dim;
-  int64_t grad_row_stride, x_row_stride;
+  int64_t grad_row_stride, x_row_stride;  // grad_row_stride 0: one row serves all
 };
 
 struct SegmentSumArgs {

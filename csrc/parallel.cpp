@@ -1,6 +1,9 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -14,6 +17,9 @@ namespace latent_rl {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr uintptr_t kLargePage = 2u << 20;
+// glibc serves requests above 32 MiB at most from fresh mappings, and below reuses what it has.
+constexpr int64_t kLeastLargeBytes = 8 << 20;
 
 class Pool {
  public:
@@ -126,5 +132,19 @@ Scratch::Scratch(size_t bytes) : data_(nullptr) {
 }
 
 Scratch::~Scratch() { std::free(data_); }
+
+void use_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kLeastLargeBytes) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) & ~(kLargePage - 1);
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kLargePage - 1);
+  // Advice: a refusal changes nothing.
+  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
 
 }  // namespace latent_rl

@@ -26,4 +26,9 @@ class Scratch {
   void* data_;
 };
 
+// Asks for large pages under memory about to be written for the first time. A fresh allocation of
+// many megabytes is otherwise faulted in 4 KiB at a time, which costs more than filling it. Small
+// areas are left alone; where the system has no such advice nothing happens.
+void use_large_pages(void* data, int64_t bytes);
+
 }  // namespace latent_rl

@@ -54,6 +54,11 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     return _search(x, codebook, metric, None)
 
 
+def nearest_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """The codes of ``nearest_code`` alone: no distance is computed."""
+    return _search(x, codebook, metric, None, distances=False)[0]
+
+
 def nearest_code_with_stats(
     x: Tensor, codebook: Tensor, metric: str
 ) -> tuple[Tensor, Tensor, SearchStats]:
@@ -67,19 +72,24 @@ def nearest_code_with_stats(
 
 
 def _search(
-    x: Tensor, codebook: Tensor, metric: str, counters: Tensor | None
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    counters: Tensor | None,
+    *,
+    distances: bool = True,
 ) -> tuple[Tensor, Tensor]:
     groups, rows, dim = x.shape
     x, codebook = rows_of(x), codebook.contiguous()
     codes = torch.empty((groups, rows), dtype=torch.int64)
-    distance = torch.empty((groups, rows), dtype=accumulator(x.dtype))
+    distance = torch.empty((groups, rows) if distances else (0,), dtype=accumulator(x.dtype))
     _C.nearest_code(
         dtype_code("nearest_code", x),
         METRIC_CODES[metric],
         address(x),
         address(codebook),
         address(codes),
-        address(distance),
+        address(distance) if distances else 0,
         groups,
         rows,
         codebook.shape[1],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latent_rl import _C
 from latent_rl.native._call import accumulator, address, dtype_code, rows_of, threads
-from latent_rl.native.nearest_code import nearest_code
+from latent_rl.native.nearest_code import nearest_codes
 
 __all__ = ["quantize_backward", "quantize_forward"]
 
@@ -33,7 +33,7 @@ def quantize_forward(
     num_codes = codebook.shape[0]
     x, codebook = rows_of(x), codebook.contiguous()
     acc = accumulator(x.dtype)
-    codes = nearest_code(x[None], codebook[None], metric)[0][0]
+    codes = nearest_codes(x[None], codebook[None], metric)[0]
     quantized = torch.empty((rows, dim), dtype=x.dtype)
     counts = torch.empty(num_codes, dtype=torch.int64)
     sums = torch.empty((num_codes, dim), dtype=acc)
@@ -75,27 +75,34 @@ def quantize_backward(
     """
     rows, dim = x.shape
     x, codebook, codes = rows_of(x), codebook.contiguous(), codes.contiguous()
-    grad = rows_of(grad_quantized.to(x.dtype))
+    grad = _gradient_rows(grad_quantized, x.dtype)
     per_element = 2.0 / max(int(counts.sum()) * dim, 1)
-    dx = torch.empty((rows, dim), dtype=x.dtype)
+    dx, dcodebook = torch.empty((rows, dim), dtype=x.dtype), torch.empty_like(codebook)
+    counts, sums = counts.contiguous(), sums.contiguous()
     _C.quantize_backward(
         dtype_code("quantize", x),
         address(grad),
         address(x),
         address(codebook),
         address(codes),
+        address(counts),
+        address(sums),
         address(dx),
+        address(dcodebook),
         float(grad_commitment) * per_element,
+        float(grad_codebook_loss) * per_element,
         rows,
         codebook.shape[0],
         dim,
-        max(grad.stride(0), dim),
+        max(grad.stride(0), dim) if grad.shape[0] == rows else 0,
         max(x.stride(0), dim),
         threads(),
     )
-    # Codes without rows get zero, not 0 * c: an unused code need not be finite.
-    used = counts[:, None] * codebook.to(sums.dtype) - sums
-    pull = used.masked_fill_(counts[:, None] == 0, 0.0).mul_(
-        float(grad_codebook_loss) * per_element
-    )
-    return dx, pull.to(codebook.dtype)
+    return dx, dcodebook
+
+
+def _gradient_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient's rows in ``dtype``; one row where all are the same memory (that of a sum)."""
+    if grad.stride(0) == 0 and grad.shape[0] > 1:
+        grad = grad[:1]
+    return rows_of(grad.to(dtype))
