@@ -218,8 +218,10 @@ __device__ void write_row(const SampleArgs& args, int64_t at, int64_t code, doub
   static_cast<Acc*>(args.entropy)[at] = static_cast<Acc>(entropy);
 }
 
+// Two blocks per multiprocessor at the least: left to itself the compiler took 80 registers and
+// spilled.
 template <typename T, typename Acc>
-__global__ void __launch_bounds__(kThreads) _sample_codes_kernel(SampleArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) _sample_codes_kernel(SampleArgs args) {
   double* row = dynamic_shared<double>();
   __shared__ Shared shared;
   const int num_codes = static_cast<int>(args.num_codes);

@@ -17,38 +17,10 @@ from torch import Tensor
 from latent_rl import backends
 
 from .build import COMPILER, load_rooms
+from .memory import GuardedMemory
 
 # Threads and blocks take turns in these orders; the results must not show which.
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 12345)}
-CANARY_BYTES = 256
-CANARY, GARBAGE = 0xA5, 0xFF
-
-
-class GuardedMemory:
-    """torch.empty whose memory is garbage (NaN as a float) and stands between canaries."""
-
-    def __init__(self) -> None:
-        self._raw: list[tuple[Tensor, int]] = []
-
-    def empty(
-        self, *shape: Any, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> Tensor:
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        dtype = dtype or torch.get_default_dtype()
-        count = torch.Size(sizes).numel() * dtype.itemsize
-        raw = torch.full((count + 2 * CANARY_BYTES,), CANARY, dtype=torch.uint8)
-        inside = raw[CANARY_BYTES : CANARY_BYTES + count]
-        inside.fill_(GARBAGE)
-        self._raw.append((raw, count))
-        return inside.view(dtype).view(sizes)
-
-    def empty_like(self, other: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        return self.empty(other.shape, dtype=dtype or other.dtype)
-
-    def check(self) -> None:
-        for raw, count in self._raw:
-            outside = torch.cat([raw[:CANARY_BYTES], raw[CANARY_BYTES + count :]])
-            assert (outside == CANARY).all(), "a kernel wrote outside its output or workspace"
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +51,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
             served = (replace(row, why_not=lambda request: None),)
             monkeypatch.setitem(backends._TABLE, op, served)
             backends._resolve.cache_clear()
+            backends._implementation.cache_clear()
         return module
 
     return put
@@ -88,6 +61,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
 def _forget_resolved_rows() -> Iterator[None]:
     yield
     backends._resolve.cache_clear()
+    backends._implementation.cache_clear()
 
 
 def _tensors(result: Any) -> list[Tensor]:

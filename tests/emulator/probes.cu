@@ -62,6 +62,8 @@ __global__ void _past_shared_kernel(float* out, int index) {
   out[threadIdx.x] = 0.0f;
 }
 
+__global__ void _past_tensor_kernel(float* out, int index) { out[0] = out[index]; }
+
 __global__ void _float_atomic_kernel(float* out) {
   if (blockIdx.x == 0 && threadIdx.x == 0) out[0] = 0.0f;
   atomicAdd(out, threadIdx.x % 2 == 0 ? 1e8f : 0.1f * static_cast<float>(threadIdx.x));
@@ -97,6 +99,7 @@ void probe(const std::string& name, float* out) {
   if (name == "past_array") run(_past_array_kernel, 0);
   if (name == "past_shared") run(_past_shared_kernel, 256, 64);
   if (name == "inside_shared") run(_past_shared_kernel, 256, 63);
+  if (name == "past_tensor") run(_past_tensor_kernel, 0, kThreads);
   if (name == "float_atomic") run(_float_atomic_kernel, 0);
   if (name == "warp") run(_warp_kernel, 0);
 }

@@ -2,6 +2,7 @@
 
 #include <link.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -219,6 +220,21 @@ void run_block(size_t shared_bytes) {
   }
 }
 
+void refuse_access(int) { fail("touched memory that belongs to no tensor"); }
+
+// While a grid runs, what would fault on a device is an error of the launch. Not deferred, since
+// the handler never returns.
+struct CatchFaults {
+  struct sigaction before;
+  CatchFaults() {
+    struct sigaction mine = {};
+    mine.sa_handler = refuse_access;
+    mine.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &mine, &before);
+  }
+  ~CatchFaults() { sigaction(SIGSEGV, &before, nullptr); }
+};
+
 }  // namespace
 
 void set_order(Order order, unsigned seed) {
@@ -232,6 +248,7 @@ void launch(const Shape& shape, const std::function<void()>& thread) {
   machine.shared.resize(shape.shared_bytes + kCanaryBytes);
   machine.thread = &thread;
   machine.error.clear();
+  const CatchFaults faults;
   for (unsigned b : turns(gridDim.x * gridDim.y * gridDim.z)) {
     blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
     run_block(shape.shared_bytes);

@@ -9,6 +9,8 @@ from latent_rl.native import gumbel_quantize_cuda as cuda
 from latent_rl.reference import gumbel_quantize as reference
 from latent_rl.reference.philox import gumbel_noise
 
+from .memory import fenced
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A few roundings of the output's dtype; for float32 logarithms of the noise, divided by tau.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -28,7 +30,7 @@ def logits_and_codes(rows, num_codes, width, dtype=torch.float32):
 
 def check_forward(module, in_every_order, logits, codebook, tau=0.7, seed=5, hard=True):
     seeds = ops.row_seeds(seed, len(logits))
-    args = logits, codebook, tau, seeds, hard
+    args = fenced(logits), fenced(codebook), tau, fenced(seeds), hard
     got = in_every_order(module, lambda: cuda.gumbel_quantize_forward_cuda(*args))
     codes, vectors, entropy, mean_probs, counts = reference.gumbel_quantize_forward(*args)
     assert torch.equal(got[0], codes)
@@ -51,7 +53,8 @@ def check_backward(module, in_every_order, logits, codebook, tau=0.7, seed=5, ha
         torch.randn(len(logits)),
         torch.randn(len(codebook)),
     )
-    args = *grads, logits, codebook, tau, seeds, hard, codes
+    tensors = [fenced(t) for t in (*grads, logits, codebook, seeds, codes)]
+    args = *tensors[:5], tau, tensors[5], hard, tensors[6]
     got = in_every_order(module, lambda: cuda.gumbel_quantize_backward_cuda(*args))
     for mine, theirs in zip(got, reference.gumbel_quantize_backward(*args), strict=True):
         tolerance = TOLERANCE[logits.dtype]

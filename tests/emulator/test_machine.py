@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .build import COMPILER, HERE, Part, load
+from .memory import fenced
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,7 @@ def probes() -> ModuleType:
 
 
 def run(probes: ModuleType, name: str) -> Tensor:
-    out = torch.empty(64)
-    out.zero_()
+    out = fenced(torch.zeros(64))
     probes.probe(name, out.data_ptr())
     return out
 
@@ -58,6 +58,7 @@ def test_shared_memory_begins_as_garbage(probes) -> None:
         ("half_warp", "deadlock: thread 0 waits for the lanes of mask ffffffff"),
         ("misaligned", r"misaligned access at .*probes.cu"),
         ("past_array", r"index past an array at .*probes.cu"),
+        ("past_tensor", "touched memory that belongs to no tensor"),
         ("past_shared", "wrote past the dynamic shared memory"),
     ],
 )

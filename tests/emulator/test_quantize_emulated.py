@@ -7,6 +7,8 @@ from latent_rl import ops
 from latent_rl.native import quantize_cuda
 from latent_rl.reference import quantize as reference
 
+from .memory import fenced
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One rounding to the output's dtype, from float32 arithmetic of a few operations.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -22,7 +24,8 @@ def rows_and_codes(rows, num_codes, width, dtype=torch.float32):
 
 
 def check_forward(module, in_every_order, x, codebook, metric="l2"):
-    got = in_every_order(module, lambda: quantize_cuda.quantize_forward_cuda(x, codebook, metric))
+    inputs = fenced(x), fenced(codebook)
+    got = in_every_order(module, lambda: quantize_cuda.quantize_forward_cuda(*inputs, metric))
     codes, quantized, error, counts, sums, perplexity = reference.quantize_forward(
         x, codebook, metric
     )
@@ -41,7 +44,7 @@ def check_forward(module, in_every_order, x, codebook, metric="l2"):
 def check_backward(module, in_every_order, x, codebook):
     codes, _, _, counts, sums, _ = reference.quantize_forward(x, codebook, "l2")
     grads = torch.randn(x.shape).to(x.dtype), torch.tensor(2.0), torch.tensor(-3.0)
-    args = (*grads, x, codebook, codes, counts, sums)
+    args = [fenced(t) for t in (*grads, x, codebook, codes, counts, sums)]
     got = in_every_order(module, lambda: quantize_cuda.quantize_backward_cuda(*args))
     for mine, theirs in zip(got, reference.quantize_backward(*args), strict=True):
         rounding = ROUNDING[x.dtype]

@@ -5,6 +5,8 @@ import torch
 
 from latent_rl.native import _segments_cuda as segments
 
+from .memory import fenced
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -16,7 +18,7 @@ def module(emulated):
 def codes_of(rows: int, num_codes: int) -> torch.Tensor:
     """Some invalid, some codes unused."""
     codes = torch.randint(-1, num_codes, (rows,))
-    return codes.where(codes % 5 != 3, 0)
+    return fenced(codes.where(codes % 5 != 3, 0))
 
 
 def check_grouped(grouped: segments.GroupedRows, codes: torch.Tensor, num_codes: int) -> None:
@@ -84,7 +86,7 @@ def check_sums(module, in_every_order, values, codes, num_codes) -> None:
     [(1, 1, 1), (37, 5, 8), (300, 7, 24), (200, 2, 19), (65, 3, 600)],
 )
 def test_sums_equal_float64_s(module, in_every_order, rows, num_codes, width, dtype) -> None:
-    values = torch.randn(rows, width).to(dtype)
+    values = fenced(torch.randn(rows, width).to(dtype))
     check_sums(module, in_every_order, values, codes_of(rows, num_codes), num_codes)
 
 
