@@ -8,7 +8,43 @@ namespace {
 LRL_INLINE VecD sigmoid(VecD v) {
   const VecD negated = -v;
   const VecD bounded = negated > splat(708.0) ? splat(708.0) : negated;
-  return splat(1.0) / (exp(bounded) + 1.0);
+  return 1.0 / (exp(bounded) + 1.0);
+}
+// float32 is computed in float32: to a few units in the last place of what is stored.
+LRL_INLINE VecF sigmoid(VecF v) {
+  const VecF most = VecF{} + 86.0f;
+  const VecF negated = -v;
+  return 1.0f / (exp(negated > most ? most : negated) + 1.0f);
+}
+
+template <typename T>
+constexpr int64_t kStep = kLanesD;
+template <>
+constexpr int64_t kStep<float> = 2 * kLanesD;
+
+template <typename T>
+LRL_INLINE VecD fetch(const T* p, int64_t count) {
+  return load_some(p, count, 0.0);
+}
+LRL_INLINE VecF fetch(const float* p, int64_t count) {
+  VecF v = {};
+  if (count >= kStep<float>) {
+    memcpy(&v, p, sizeof(v));
+  } else {
+    memcpy(&v, p, sizeof(float) * static_cast<size_t>(count));
+  }
+  return v;
+}
+template <typename T>
+LRL_INLINE void put(T* p, VecD v, int64_t count) {
+  store_some(p, v, count);
+}
+LRL_INLINE void put(float* p, VecF v, int64_t count) {
+  if (count >= kStep<float>) {
+    memcpy(p, &v, sizeof(v));
+  } else {
+    memcpy(p, &v, sizeof(float) * static_cast<size_t>(count));
+  }
 }
 
 }  // namespace
@@ -29,13 +65,14 @@ void merge_forward(const MergeForwardArgs& args, int threads) {
         const bool valid = code >= 0 && code < args.num_codes;
         const T* table_gate = static_cast<const T*>(args.table_gate) + (valid ? code : 0) * width;
         const T* table_up = static_cast<const T*>(args.table_up) + (valid ? code : 0) * width;
-        for (int64_t i = 0; i < width; i += kLanesD) {
+        const float absent = valid ? 0.0f : static_cast<float>(kNaN);
+        for (int64_t i = 0; i < width; i += kStep<T>) {
           const int64_t left = width - i;
-          const VecD g = load_some(gate + i, left, 0.0) + load_some(table_gate + i, left, 0.0);
-          const VecD u = load_some(up + i, left, 0.0) + load_some(table_up + i, left, 0.0);
-          store_some(gate + i, g, left);
-          store_some(up + i, u, left);
-          store_some(out + i, valid ? g * sigmoid(g) * u : splat(kNaN), left);
+          const auto g = fetch(gate + i, left) + fetch(table_gate + i, left);
+          const auto u = fetch(up + i, left) + fetch(table_up + i, left);
+          put(gate + i, g, left);
+          put(up + i, u, left);
+          put(out + i, g * sigmoid(g) * u + absent, left);
         }
       }
     });
@@ -65,16 +102,16 @@ void merge_backward(const MergeBackwardArgs& args, int threads) {
         const T* grad = static_cast<const T*>(args.d_activation) + at;
         const T* gate = static_cast<const T*>(args.pre_gate) + at;
         const T* up = static_cast<const T*>(args.pre_up) + at;
-        for (int64_t i = 0; i < width; i += kLanesD) {
+        for (int64_t i = 0; i < width; i += kStep<T>) {
           const int64_t left = width - i;
-          const VecD d = load_some(grad + i, left, 0.0);
-          const VecD g = load_some(gate + i, left, 0.0);
-          const VecD u = load_some(up + i, left, 0.0);
-          const VecD s = sigmoid(g);
-          const VecD silu = g * s;
-          store_some(activation + i, silu * u, left);
-          store_some(d_up + i, d * silu, left);
-          store_some(d_gate + i, d * u * s * (1.0 + g * (1.0 - s)), left);
+          const auto d = fetch(grad + i, left);
+          const auto g = fetch(gate + i, left);
+          const auto u = fetch(up + i, left);
+          const auto s = sigmoid(g);
+          const auto silu = g * s;
+          put(activation + i, silu * u, left);
+          put(d_up + i, d * silu, left);
+          put(d_gate + i, d * u * s * (1.0f + g * (1.0f - s)), left);
         }
       }
     });

@@ -113,7 +113,7 @@ def gated_merge_backward(
         d_code_probs = d_gate @ (table @ code_gate.T).T + d_up @ (table @ code_up.T).T
         d_code_probs = d_code_probs.to(codebook.dtype)
     return (
-        (d_gate @ gate[:, :hidden] + d_up @ up[:, :hidden]).to(e.dtype),
+        torch.addmm(d_gate @ gate[:, :hidden], d_up, up[:, :hidden]).to(e.dtype),
         d_codebook,
         torch.cat([d_gate.T @ rows, d_table_gate.T @ table], 1).to(w_gate.dtype),
         torch.cat([d_up.T @ rows, d_table_up.T @ table], 1).to(w_up.dtype),

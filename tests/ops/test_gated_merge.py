@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from latent_rl import ops
@@ -42,11 +44,11 @@ def leaves(tensors):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_within_that_of_the_same_dtype_composition(backend, dtype) -> None:
-    given = inputs(dtype)
+    arguments = inputs(dtype)
     exact = gated_merge_forward(
-        *(t if t.dtype == torch.int64 else t.double() for t in given.values())
+        *(t if t.dtype == torch.int64 else t.double() for t in arguments.values())
     )[0]
-    got = ops.gated_merge(**given).double()
+    got = ops.gated_merge(**arguments).double()
     torch.testing.assert_close(got, exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -54,24 +56,24 @@ def test_error_is_within_that_of_the_same_dtype_composition(backend, dtype) -> N
 
 
 def test_gradcheck(backend) -> None:
-    given = inputs(torch.float64)
-    codes = given["codes"]
+    arguments = inputs(torch.float64)
+    codes = arguments["codes"]
 
     def block(e, codebook, w_gate, w_up, w_down):
         return ops.gated_merge(e, codes, codebook, w_gate, w_up, w_down)
 
-    assert torch.autograd.gradcheck(block, leaves(given))
+    assert torch.autograd.gradcheck(block, leaves(arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_equal_those_of_the_dense_form(backend, dtype) -> None:
-    given = inputs(dtype)
+    arguments = inputs(dtype)
     ours = (
-        torch.autograd.grad(ops.gated_merge(**given).double().square().sum(), leaves(given))
-        if (leaves(given))
+        torch.autograd.grad(ops.gated_merge(**arguments).double().square().sum(), leaves(arguments))
+        if (leaves(arguments))
         else ()
     )
-    wide = {k: t if t.dtype == torch.int64 else t.detach().double() for k, t in given.items()}
+    wide = {k: t if t.dtype == torch.int64 else t.detach().double() for k, t in arguments.items()}
     targets = leaves(wide)
     out = dense(wide["e"], wide["codebook"][wide["codes"]], *list(wide.values())[3:])
     theirs = torch.autograd.grad(out.square().sum(), targets)
@@ -81,27 +83,76 @@ def test_gradients_equal_those_of_the_dense_form(backend, dtype) -> None:
 
 
 def test_code_vectors_receive_the_gradient_of_the_code(backend) -> None:
-    given = inputs(torch.float64)
-    vectors = given["codebook"][given["codes"]].clone().requires_grad_()
-    codebook = given["codebook"].requires_grad_()
-    out = ops.gated_merge(**given, code_vectors=vectors)
+    arguments = inputs(torch.float64)
+    vectors = arguments["codebook"][arguments["codes"]].clone().requires_grad_()
+    codebook = arguments["codebook"].requires_grad_()
+    out = ops.gated_merge(**arguments, code_vectors=vectors)
     got, at_codebook = torch.autograd.grad(out.square().sum(), (vectors, codebook))
-    weights = given["w_gate"], given["w_up"], given["w_down"]
-    expected = torch.autograd.grad(dense(given["e"], vectors, *weights).square().sum(), vectors)[0]
+    weights = arguments["w_gate"], arguments["w_up"], arguments["w_down"]
+    expected = torch.autograd.grad(
+        dense(arguments["e"], vectors, *weights).square().sum(), vectors
+    )[0]
     torch.testing.assert_close(got, expected)
     assert at_codebook.eq(0).all()
 
 
 def test_code_probs_receive_the_gradient_of_the_one_hot(backend) -> None:
-    given = inputs(torch.float64)
-    probs = F.one_hot(given["codes"], CODES).double().requires_grad_()
-    codebook = given["codebook"].requires_grad_()
-    out = ops.gated_merge(**given, code_probs=probs)
+    arguments = inputs(torch.float64)
+    probs = F.one_hot(arguments["codes"], CODES).double().requires_grad_()
+    codebook = arguments["codebook"].requires_grad_()
+    out = ops.gated_merge(**arguments, code_probs=probs)
     ours = torch.autograd.grad(out.square().sum(), (probs, codebook))
-    weights = given["w_gate"], given["w_up"], given["w_down"]
-    composed = dense(given["e"], probs @ codebook, *weights).square().sum()
+    weights = arguments["w_gate"], arguments["w_up"], arguments["w_down"]
+    composed = dense(arguments["e"], probs @ codebook, *weights).square().sum()
     for got, expected in zip(ours, torch.autograd.grad(composed, (probs, codebook)), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+# properties
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**31))
+def test_renaming_the_codes_renames_their_gradient(backend, rows, num_codes, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    arguments = inputs(torch.float64)
+    arguments["e"] = torch.randn(rows, HIDDEN, generator=generator, dtype=torch.float64)
+    arguments["codes"] = torch.randint(-1, num_codes, (rows,), generator=generator)
+    arguments["codebook"] = torch.randn(num_codes, WIDTH, generator=generator, dtype=torch.float64)
+    name = torch.randperm(num_codes, generator=generator)
+    renamed = dict(arguments, codebook=arguments["codebook"][name.argsort()].clone())
+    # Index -1 reads the appended entry, so a masked row stays masked.
+    renamed["codes"] = torch.cat([name, torch.tensor([-1])])[arguments["codes"]]
+    outputs, grads = [], []
+    for tensors in (arguments, renamed):
+        wanted = leaves(tensors)
+        outputs.append(ops.gated_merge(**tensors))
+        grads.append(torch.autograd.grad(outputs[-1].nan_to_num().square().sum(), wanted))
+    torch.testing.assert_close(*outputs, equal_nan=True)
+    torch.testing.assert_close(grads[0][1], grads[1][1][name])
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+
+
+def test_gradients_repeat_bit_for_bit(backend) -> None:
+    arguments = inputs()
+    wanted = leaves(arguments)
+    first, second = (
+        torch.autograd.grad(ops.gated_merge(**arguments).square().sum(), wanted) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("size", [50.0, 200.0, 1e4])
+def test_gates_far_from_zero(backend, size) -> None:
+    # silu(-size) is 0 and silu(size) is size to float32's precision.
+    e = torch.tensor([[size], [-size]])
+    one, codebook = torch.ones(1, 2), torch.zeros(1, 1)
+    out = ops.gated_merge(
+        e, torch.zeros(2, dtype=torch.int64), codebook, one, one, torch.ones(1, 1)
+    )
+    torch.testing.assert_close(out, torch.tensor([[size * size], [0.0]]))
 
 
 # torch registration
@@ -112,11 +163,11 @@ def test_opcheck() -> None:
 
 
 def test_compiled_equals_eager() -> None:
-    given = inputs()
-    wanted = leaves(given)
+    arguments = inputs()
+    wanted = leaves(arguments)
     compiled = torch.compile(ops.gated_merge, fullgraph=True, backend="aot_eager")
-    eager = torch.autograd.grad(ops.gated_merge(**given).square().sum(), wanted)
-    got = torch.autograd.grad(compiled(**given).square().sum(), wanted)
+    eager = torch.autograd.grad(ops.gated_merge(**arguments).square().sum(), wanted)
+    got = torch.autograd.grad(compiled(**arguments).square().sum(), wanted)
     for ours, theirs in zip(got, eager, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -125,27 +176,30 @@ def test_compiled_equals_eager() -> None:
 
 
 def test_leading_dimensions_are_free(backend) -> None:
-    given = inputs()
-    flat = ops.gated_merge(**given)
-    given["e"], given["codes"] = given["e"].reshape(1, N, HIDDEN), given["codes"].reshape(1, N)
-    assert torch.equal(ops.gated_merge(**given)[0], flat)
+    arguments = inputs()
+    flat = ops.gated_merge(**arguments)
+    arguments["e"], arguments["codes"] = (
+        arguments["e"].reshape(1, N, HIDDEN),
+        arguments["codes"].reshape(1, N),
+    )
+    assert torch.equal(ops.gated_merge(**arguments)[0], flat)
 
 
 def test_masked_rows_give_nan_and_no_gradient(backend) -> None:
-    given = inputs(torch.float64)
-    given["codes"][3] = -1
-    out = ops.gated_merge(**given)
+    arguments = inputs(torch.float64)
+    arguments["codes"][3] = -1
+    out = ops.gated_merge(**arguments)
     assert out[3].isnan().all()
-    wanted = leaves(given)
-    grads = torch.autograd.grad(ops.gated_merge(**given).nan_to_num().sum(), wanted)
+    wanted = leaves(arguments)
+    grads = torch.autograd.grad(ops.gated_merge(**arguments).nan_to_num().sum(), wanted)
     assert all(g.isfinite().all() for g in grads)
     assert grads[0][3].eq(0).all()
 
 
 def test_no_rows(backend) -> None:
-    given = inputs()
-    given["e"], given["codes"] = given["e"][:0], given["codes"][:0]
-    assert ops.gated_merge(**given).shape == (0, HIDDEN)
+    arguments = inputs()
+    arguments["e"], arguments["codes"] = arguments["e"][:0], arguments["codes"][:0]
+    assert ops.gated_merge(**arguments).shape == (0, HIDDEN)
 
 
 # errors
