@@ -12,6 +12,7 @@
 #include "float_mode.h"
 #include "nvtx_range.h"
 #include "ops.h"
+#include "parallel.h"
 #ifdef LATENT_RL_HAS_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -268,6 +269,13 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("philox_words", &philox_words, py::arg("seed"), py::arg("offset"), py::arg("count"),
         "The first `count` words of a row's Philox4x32-10 stream.");
+  m.def(
+      "use_large_pages",
+      [](Address address, int64_t bytes) {
+        check_size("use_large_pages", "bytes", bytes, 0);
+        use_large_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      "Ask for large pages under memory about to be written for the first time.");
   m.def("nearest_code", &nearest_code);
   m.def("quantize_forward", &quantize_forward);
   m.def("quantize_backward", &quantize_backward);

@@ -1,4 +1,5 @@
 #include "isa/functions.h"
+#include "isa/gumbel_rows.h"
 #include "isa/rows.h"
 
 namespace latent_rl {
@@ -45,14 +46,14 @@ void store_row(A* out, const double* row, int64_t count) {
   for (int64_t k = 0; k < count; k += kLanesD) store_some(out + k, load8(row + k), count - k);
 }
 
-template <typename T>
-void forward_row(const GumbelForwardArgs& args, int64_t row, double* logits, double* noise,
+// float64 input: everything in float64. `memory` holds two padded rows of float64.
+void forward_row(const GumbelForwardArgs& args, const double* source, int64_t row, double* memory,
                  double* prob_sums) {
-  using A = Acc<T>;
   const int64_t num_codes = args.num_codes;
-  A* entropy = static_cast<A*>(args.entropy) + row;
-  A* soft = args.soft == nullptr ? nullptr : static_cast<A*>(args.soft) + row * num_codes;
-  const T* source = static_cast<const T*>(args.logits) + row * args.row_stride;
+  double* entropy = static_cast<double*>(args.entropy) + row;
+  double* soft = args.soft == nullptr ? nullptr : static_cast<double*>(args.soft) + row * num_codes;
+  double* logits = memory;
+  double* noise = memory + padded(num_codes);
   const double top = widen_row(source, num_codes, logits);
   if (is_nan(top)) {
     args.codes[row] = -1;
@@ -83,13 +84,46 @@ void forward_row(const GumbelForwardArgs& args, int64_t row, double* logits, dou
   store_row(soft, noise, num_codes);
 }
 
+// Narrower input, in float32 with sums in float64.
 template <typename T>
-void backward_row(const GumbelBackwardArgs& args, int64_t row, double* logits, double* soft) {
-  using A = Acc<T>;
+void forward_row(const GumbelForwardArgs& args, const T* source, int64_t row, double* memory,
+                 double* prob_sums) {
   const int64_t num_codes = args.num_codes;
-  T* out = static_cast<T*>(args.dlogits) + row * num_codes;
-  A* soft_out = args.soft == nullptr ? nullptr : static_cast<A*>(args.soft) + row * num_codes;
-  const T* source = static_cast<const T*>(args.logits) + row * args.row_stride;
+  const int64_t width = padded(num_codes);
+  float* logits = reinterpret_cast<float*>(memory);
+  float* exps = logits + width;
+  float* bounds = exps + width;
+  float* entropy = static_cast<float*>(args.entropy) + row;
+  float* soft = args.soft == nullptr ? nullptr : static_cast<float*>(args.soft) + row * num_codes;
+  const float top = widen_row_f(source, num_codes, logits);
+  if (is_nan(top)) {
+    args.codes[row] = -1;
+    store(entropy, kNaN);
+    for (int64_t k = 0; soft != nullptr && k < num_codes; ++k) store(soft + k, kNaN);
+    return;
+  }
+  const PhiloxKey key = row_key(args.seeds, row);
+  const RowSums sums =
+      softmax_and_draw(logits, num_codes, top, key, exps, bounds, args.codes + row);
+  store(entropy, sums.entropy);
+  const double inverse = 1.0 / sums.mass;
+  for (int64_t k = 0; k < width; k += kLanesD) {
+    store8(prob_sums + k, load8(prob_sums + k) + load8(exps + k) * inverse);
+  }
+  if (soft == nullptr) return;
+  relax(logits, num_codes, top, args.tau, key, exps);
+  memcpy(soft, exps, sizeof(float) * static_cast<size_t>(num_codes));
+}
+
+// `memory` holds two padded rows of float64.
+void backward_row(const GumbelBackwardArgs& args, const double* source, int64_t row, double* memory,
+                  bool) {
+  const int64_t num_codes = args.num_codes;
+  double* out = static_cast<double*>(args.dlogits) + row * num_codes;
+  double* soft_out =
+      args.soft == nullptr ? nullptr : static_cast<double*>(args.soft) + row * num_codes;
+  double* logits = memory;
+  double* soft = memory + padded(num_codes);
   const double top = widen_row(source, num_codes, logits);
   if (is_nan(top)) {
     for (int64_t k = 0; k < num_codes; ++k) store(out + k, 0.0);
@@ -100,9 +134,9 @@ void backward_row(const GumbelBackwardArgs& args, int64_t row, double* logits, d
   tempered_softmax(logits, soft, num_codes, args.tau);
   if (soft_out != nullptr) store_row(soft_out, soft, num_codes);
 
-  const A* g_soft = static_cast<const A*>(args.g_soft) + row * num_codes;
-  const A* g_mean = static_cast<const A*>(args.g_mean_probs);
-  const double g_entropy = to_double(static_cast<const A*>(args.g_entropy)[row]);
+  const double* g_soft = static_cast<const double*>(args.g_soft) + row * num_codes;
+  const double* g_mean = static_cast<const double*>(args.g_mean_probs);
+  const double g_entropy = to_double(static_cast<const double*>(args.g_entropy)[row]);
   const SoftmaxSums p = softmax_sums(logits, num_codes, top);
   const double entropy = p.entropy();
   VecD soft_dot = VecD{};
@@ -126,6 +160,88 @@ void backward_row(const GumbelBackwardArgs& args, int64_t row, double* logits, d
   }
 }
 
+// dlogits += p * (g_mean / V - <p, g_mean / V> - g_entropy (log p + H)), row by row.
+struct SoftmaxGradient {
+  const float* logits;
+  const float* exps;
+  const float* g_mean;
+  float top, inverse_mass, mean_scale, mean_dot, g_entropy, log_term;
+
+  SoftmaxGradient(const GumbelBackwardArgs& args, const float* row, float row_top,
+                  double row_g_entropy, float* row_exps)
+      : logits(row),
+        exps(row_exps),
+        g_mean(static_cast<const float*>(args.g_mean_probs)),
+        top(row_top) {
+    WideSum mass, weighted, mean;
+    for (int64_t k = 0; k < args.num_codes; k += kLanesRow) {
+      const VecF d = load16(row + k) - top;
+      const VecF e = exp(d);
+      store16(row_exps + k, e);
+      mass.add(e);
+      weighted.add(e * max_f(d, splat_f(kVeryLowF)));
+      mean.add(e * load_some16(g_mean + k, args.num_codes - k));
+    }
+    const double total = mass.total();
+    inverse_mass = static_cast<float>(1.0 / total);
+    mean_scale = static_cast<float>(args.inverse_valid_rows);
+    mean_dot = static_cast<float>(mean.total() / total * args.inverse_valid_rows);
+    g_entropy = static_cast<float>(row_g_entropy);
+    // log p + H = (l - top) - log(total) + H, and H = log(total) - weighted / total.
+    log_term = static_cast<float>(-weighted.total() / total);
+  }
+
+  LRL_INLINE VecF at(int64_t k, int64_t left) const {
+    const VecF d = max_f(load16(logits + k) - top, splat_f(kVeryLowF));
+    const VecF mean = load_some16(g_mean + k, left) * mean_scale - mean_dot;
+    return load16(exps + k) * inverse_mass * (mean - g_entropy * (d + log_term));
+  }
+};
+
+template <typename T>
+void backward_row(const GumbelBackwardArgs& args, const T* source, int64_t row, double* memory,
+                  bool mean_unused) {
+  const int64_t num_codes = args.num_codes;
+  float* logits = reinterpret_cast<float*>(memory);
+  float* soft = logits + padded(num_codes);
+  float* exps = soft + padded(num_codes);
+  T* out = static_cast<T*>(args.dlogits) + row * num_codes;
+  float* soft_out =
+      args.soft == nullptr ? nullptr : static_cast<float*>(args.soft) + row * num_codes;
+  const float top = widen_row_f(source, num_codes, logits);
+  if (is_nan(top)) {
+    for (int64_t k = 0; k < num_codes; ++k) store(out + k, 0.0);
+    for (int64_t k = 0; soft_out != nullptr && k < num_codes; ++k) store(soft_out + k, 0.0);
+    return;
+  }
+  relax(logits, num_codes, top, args.tau, row_key(args.seeds, row), soft);
+  if (soft_out != nullptr) {
+    memcpy(soft_out, soft, sizeof(float) * static_cast<size_t>(num_codes));
+  }
+  const float* g_soft = static_cast<const float*>(args.g_soft) + row * num_codes;
+  WideSum dot;
+  for (int64_t k = 0; k < num_codes; k += kLanesRow) {
+    dot.add(load16(soft + k) * load_some16(g_soft + k, num_codes - k));
+  }
+  const float soft_mean = static_cast<float>(dot.total());
+  const float inverse_tau = static_cast<float>(1.0 / args.tau);
+  const auto relaxed = [&](int64_t k) {
+    return load16(soft + k) * (load_some16(g_soft + k, num_codes - k) - soft_mean) * inverse_tau;
+  };
+  const double g_entropy = to_double(static_cast<const float*>(args.g_entropy)[row]);
+  // Most losses ask for no gradient of the statistics, which saves the second softmax.
+  if (g_entropy == 0.0 && mean_unused) {
+    for (int64_t k = 0; k < num_codes; k += kLanesRow) {
+      store_some16(out + k, relaxed(k), num_codes - k);
+    }
+    return;
+  }
+  const SoftmaxGradient statistics(args, logits, top, g_entropy, exps);
+  for (int64_t k = 0; k < num_codes; k += kLanesRow) {
+    store_some16(out + k, relaxed(k) + statistics.at(k, num_codes - k), num_codes - k);
+  }
+}
+
 }  // namespace
 
 void gumbel_forward(const GumbelForwardArgs& args, int threads) {
@@ -144,7 +260,8 @@ void gumbel_forward(const GumbelForwardArgs& args, int threads) {
       double* slice = sums + width * (begin / step);
       memset(slice, 0, sizeof(double) * static_cast<size_t>(width));
       for (int64_t row = begin; row < end; ++row) {
-        forward_row<T>(args, row, buffer, buffer + width, slice);
+        const T* source = static_cast<const T*>(args.logits) + row * args.row_stride;
+        forward_row(args, source, row, buffer, slice);
       }
     });
     for (int64_t k = 0; k < num_codes; ++k) args.counts[k] = 0;
@@ -173,10 +290,15 @@ void gumbel_backward(const GumbelBackwardArgs& args, int threads) {
   const int64_t step = rows_per_task(args.rows, args.num_codes * 8);
   with_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    bool mean_unused = true;
+    for (int64_t k = 0; k < args.num_codes; ++k) {
+      mean_unused = mean_unused && static_cast<const Acc<T>*>(args.g_mean_probs)[k] == 0;
+    }
     parallel_rows(args.rows, step, threads, [&](int64_t begin, int64_t end, int thread) {
       double* buffer = static_cast<double*>(scratch.data()) + 2 * width * thread;
       for (int64_t row = begin; row < end; ++row) {
-        backward_row<T>(args, row, buffer, buffer + width);
+        const T* source = static_cast<const T*>(args.logits) + row * args.row_stride;
+        backward_row(args, source, row, buffer, mean_unused);
       }
     });
   });

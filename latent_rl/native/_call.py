@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulator", "address", "dtype_code", "rows_of", "threads"]
+from latent_rl import _C
+
+__all__ = ["accumulator", "address", "dtype_code", "empty", "rows_of", "threads"]
 
 # The codes of csrc/dtype.h.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -29,6 +31,17 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def address(tensor: Tensor | None) -> int:
     """Address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` on the CPU, with large pages under many megabytes.
+
+    Arrays above 32 MiB are mapped afresh on every call; faulting them in 4 KiB at a time costs more
+    than filling them (a copy of codebook rows to 64 MiB: see kernels/gumbel_quantize/README.md).
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    _C.use_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from latent_rl import _C
-from latent_rl.native._call import accumulator, address, dtype_code, rows_of, threads
+from latent_rl.native._call import accumulator, address, dtype_code, empty, rows_of, threads
 from latent_rl.native._segments import segment_sum
 
 __all__ = ["gumbel_quantize_backward", "gumbel_quantize_forward"]
 
-# Elements of [rows, K] the backward holds at a time.
-_CHUNK_ELEMENTS = 1 << 23
+# Elements of [rows, K] the backward holds at a time: 8 MiB in float32, which a third-level cache
+# keeps between the product that writes them and the pass that reads them.
+_CHUNK_ELEMENTS = 1 << 21
 
 
 def gumbel_quantize_forward(
@@ -33,13 +34,14 @@ def gumbel_quantize_forward(
         softmax(logits) over valid rows; counts int64 [K]. Bitwise the same for any thread count.
     """
     rows, num_codes = logits.shape
+    codebook = codebook.contiguous()
     logits, seeds = rows_of(logits), seeds.contiguous()
     acc = accumulator(logits.dtype)
     codes = torch.empty(rows, dtype=torch.int64)
     entropy = torch.empty(rows, dtype=acc)
     mean_probs = torch.empty(num_codes, dtype=acc)
     counts = torch.empty(num_codes, dtype=torch.int64)
-    soft = None if hard else torch.empty((rows, num_codes), dtype=acc)
+    soft = None if hard else empty((rows, num_codes), acc)
     _C.gumbel_forward(
         dtype_code("gumbel_quantize", logits),
         address(logits),
@@ -56,8 +58,7 @@ def gumbel_quantize_forward(
         threads(),
     )
     if soft is None:
-        vectors = codebook[codes.clamp(min=0)]
-        vectors = vectors.masked_fill_((codes < 0)[:, None], torch.nan)
+        vectors = _lookup(codebook, codes)
     else:
         wide = torch.promote_types(acc, codebook.dtype)
         vectors = (soft.to(wide) @ codebook.to(wide)).to(codebook.dtype)
@@ -82,20 +83,25 @@ def gumbel_quantize_backward(
     with code -1 get zero. Works on chunks of rows: no [N, K] matrix but the result is held.
     """
     rows, num_codes = logits.shape
+    codebook = codebook.contiguous()
     logits, seeds, codes = rows_of(logits), seeds.contiguous(), codes.contiguous()
     acc = accumulator(logits.dtype)
-    grad = grad_vectors.to(acc).masked_fill((codes < 0)[:, None], 0.0)
+    invalid = codes < 0
+    valid_rows = rows - int(invalid.sum())
+    grad = grad_vectors.to(acc)
+    if valid_rows < rows:
+        grad = grad.masked_fill(invalid[:, None], 0.0)
     table = codebook.to(acc)
     g_entropy = grad_entropy.to(acc).contiguous()
     g_mean = grad_mean_probs.to(acc).contiguous()
-    valid_rows = int((codes >= 0).sum())
-    dlogits = torch.empty((rows, num_codes), dtype=logits.dtype)
+    dlogits = empty((rows, num_codes), logits.dtype)
     dcodebook = torch.zeros_like(table)
     step = max(_CHUNK_ELEMENTS // num_codes, 1)
+    buffer = torch.empty((min(step, rows), num_codes), dtype=acc)
     for begin in range(0, rows, step):
         chunk = slice(begin, min(begin + step, rows))
         part = logits[chunk]
-        g_soft = grad[chunk] @ table.T
+        g_soft = torch.mm(grad[chunk], table.T, out=buffer[: len(part)])
         soft = None if hard else torch.empty_like(g_soft)
         _C.gumbel_backward(
             dtype_code("gumbel_quantize", logits),
@@ -119,3 +125,12 @@ def gumbel_quantize_backward(
     if hard:
         dcodebook = segment_sum(grad, codes, num_codes)
     return dlogits, dcodebook.to(codebook.dtype)
+
+
+def _lookup(codebook: Tensor, codes: Tensor) -> Tensor:
+    """Rows of the codebook; NaN rows for code -1, without touching the others twice."""
+    invalid = codes < 0
+    broken = bool(invalid.any())
+    vectors = empty((len(codes), codebook.shape[1]), codebook.dtype)
+    torch.index_select(codebook, 0, codes.clamp(min=0) if broken else codes, out=vectors)
+    return vectors.masked_fill_(invalid[:, None], torch.nan) if broken else vectors
