@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,8 @@ class EmaCodebook(Codebook):
 
     The first training batch sets the codes by k-means (:meth:`initialise`), and a code whose
     ``n_k`` falls below ``dead_below`` times an even share of the batch takes the place of a row
-    of the batch. Both draw from a generator seeded by ``seed`` and the step, so a run repeats.
+    of the batch, no two that of one row. Both draw from a generator seeded by ``seed`` and the
+    step, so a run repeats. The averages stay float32 when the module is moved to another dtype.
     """
 
     ema_counts: Tensor
@@ -135,6 +137,16 @@ class EmaCodebook(Codebook):
 
     def _register_weight(self, weight: Tensor) -> None:
         self.register_buffer("weight", weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A step of 1 - decay is below bfloat16's resolution: averages held in it would stand still.
+        averages = {"ema_counts": self.ema_counts, "ema_sums": self.ema_sums}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in averages.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
 
     def _prepare(self, x: Tensor) -> Tensor:
         x = x.detach().float()
@@ -207,11 +219,14 @@ class EmaCodebook(Codebook):
         if rows.shape[0] == 0:
             return
         draw = self._generator(int(self.steps))
-        picks = torch.randint(rows.shape[0], (int(dead.sum()),), generator=draw).to(rows.device)
+        # Each takes a row of its own: of two codes in one place the higher id would serve nothing.
+        # With more dead codes than rows the rest wait for the next batch.
+        revived = dead.nonzero()[: rows.shape[0], 0]
+        picks = torch.randperm(rows.shape[0], generator=draw)[: len(revived)].to(rows.device)
         centers, counts = self.weight.float().clone(), self.ema_counts.clone()
-        centers[dead] = rows[picks]
+        centers[revived] = rows[picks]
         # An even share gives a revived code time to attract rows before it is judged again.
-        counts[dead] = even
+        counts[revived] = even
         broadcast_first(centers, counts)
         self._set(centers, counts)
 

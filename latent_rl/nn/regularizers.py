@@ -29,7 +29,8 @@ def orthogonality_loss(codebook: Tensor) -> Tensor:
     k = codebook.shape[0]
     if k < 2:
         return codebook.sum() * 0.0
-    unit = nn.functional.normalize(codebook.float(), dim=-1)
+    wide = codebook if codebook.dtype == torch.float64 else codebook.float()
+    unit = nn.functional.normalize(wide, dim=-1)
     gram = unit.T @ unit if unit.shape[1] < k else unit @ unit.T
     # The diagonal's squares: the squared lengths of the unit codes, squared.
     own = unit.square().sum(-1).square().sum()

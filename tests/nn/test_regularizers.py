@@ -39,6 +39,12 @@ def test_descending_orthogonality_makes_codes_orthogonal() -> None:
     assert orthogonality_loss(codes).item() < 0.01 * before
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_orthogonality_gradient(shape) -> None:
+    codes = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(orthogonality_loss, codes.requires_grad_())
+
+
 def test_usage_by_hand() -> None:
     codes = torch.tensor([[0.0], [10.0]])
     even = torch.tensor([[0.0], [10.0]])
