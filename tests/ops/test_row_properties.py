@@ -171,6 +171,17 @@ def test_truncations_that_keep_everything_are_none(backend, logits, seed, temper
 
 @PROPERTY
 @given(rows(), seeds)
+def test_what_is_sampled_is_what_is_scored(logits, seed) -> None:
+    drawn = ops.sample_codes(logits, seed=seed)
+    scored = ops.code_logprobs(logits, drawn.codes)
+    # Bit for bit, so that the first policy ratio of an update is exactly 1.
+    assert torch.equal(drawn.logprob, scored.logprob)
+    assert torch.equal(drawn.logprob_full, scored.logprob)
+    assert torch.equal(drawn.entropy, scored.entropy)
+
+
+@PROPERTY
+@given(rows(), seeds)
 def test_a_dyadic_shift_of_the_logits_changes_nothing(backend, logits, seed) -> None:
     # Small multiples of 1/4 add exactly, so not even rounding may tell the two apart.
     logits = (logits.clamp(-1e3, 1e3) * 4).round() / 4
