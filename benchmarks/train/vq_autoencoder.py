@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.train.vq_autoencoder`` trains the same encoder and decoder from the same
 seeds with either quantizer (moving averages, k-means on the first batch, one commitment weight,
-revival below one threshold). It reports the held-out error, the codes in use, and the time of the
-quantizer alone and of whole steps; JSON and the loss curves go to ``benchmarks/results/train/``.
+straight-through gradients, revival below one threshold). It reports the held-out error, the codes
+in use, and the time of the quantizer alone and of whole steps; JSON and the loss curves go to
+``benchmarks/results/train/``.
 """
 
 from __future__ import annotations
@@ -89,7 +90,11 @@ class Peer(nn.Module):
             kmeans_init=True,
             kmeans_iters=KMEANS,
             threshold_ema_dead_code=DEAD_BELOW * BATCH * 16 / CODES,
+            # Its default is the rotation trick: another gradient than straight through.
+            rotation_trick=False,
         )
+        # Its constructor does not pass this on; the default is the threshold, ours an even share.
+        self.quantizer._codebook.reset_cluster_size = BATCH * 16 / CODES
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, D] -> [N, D], scalar, [N]."""
