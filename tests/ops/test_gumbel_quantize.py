@@ -60,7 +60,9 @@ def test_codes_are_those_of_float64_scores(backend, dtype, num_codes) -> None:
     huge = 3e4 * torch.randn(60, num_codes).sign()
     masked = torch.randn(60, num_codes)
     masked[:, 1:][torch.rand(60, num_codes - 1) < 0.7] = -torch.inf
-    logits = torch.cat((flat, wide, far, huge, masked)).to(dtype)
+    # Few rivals, far apart: the likely code is often not the winner.
+    few = torch.where(torch.arange(num_codes) % 40 == 5, torch.randn(60, num_codes), -20)
+    logits = torch.cat((flat, wide, far, huge, masked, few)).to(dtype)
     seeds = ops.row_seeds(17, len(logits))
     noise = gumbel_noise(seeds, torch.zeros_like(seeds), num_codes)
     codes = ops.gumbel_quantize(logits, torch.zeros(num_codes, 1).to(dtype), seed=seeds).codes
