@@ -1,283 +1,260 @@
-"""Triton backend of nearest_code: a float32 screen with a bound, then an exact search where needed.
+"""Triton backend of nearest_code: a screen on matrix units, then an exact search where needed.
 
-The screen streams the codebook past a tile of rows and keeps, per row, the best score, its code and
-the runner-up's score. Where the two lie within twice the error bound of the screen the row is
-searched again in float64; all other rows are decided. README.md proves the bound.
+The screen (screen.py) multiplies in the input's own dtype, float32 rounded to tf32 by us, and keeps
+the best score and the runner-up of every row. Rows whose two lie within twice the proven error
+bound are listed on the device and searched again (rerank.py): of every code within the bound the
+distance is taken in float64. README.md has the proof.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
+from latent_rl.kernels.nearest_code.configs import (
+    DISTANCE_BLOCK_D,
+    DISTANCE_BLOCK_N,
+    MEAN_BLOCK_D,
+    MEAN_SAMPLE,
+    MERGE_BLOCK_N,
+    PREPARE_BLOCK_D,
+    PREPARE_BLOCK_K,
+    RERANK,
+    Config,
+    choose,
+    machine_of,
+    splits_of,
+)
+from latent_rl.kernels.nearest_code.prepare import (
+    LIMITS,
+    _nearest_code_mean_kernel,
+    _nearest_code_prepare_kernel,
+)
+from latent_rl.kernels.nearest_code.rerank import (
+    _nearest_code_distance_kernel,
+    _nearest_code_rerank_kernel,
+)
+from latent_rl.kernels.nearest_code.screen import (
+    _nearest_code_merge_kernel,
+    _nearest_code_screen_kernel,
+)
 from torch import Tensor
+
+__all__ = [
+    "Bounds",
+    "nearest_code",
+    "nearest_code_only",
+    "nearest_code_with_stats",
+    "screen_bounds",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of the screen: rows, codes and width, with warps and pipeline stages."""
-
-    block_n: int
-    block_k: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
-# (largest N served, configuration); few rows want small tiles so that every SM has one.
-_ANY = 1 << 62
-CONFIGS = {
-    # Without matrix units the product is bound by shared memory, and wide tiles would exceed it.
-    torch.float32: ((_ANY, Config(64, 64, 32, 4, 2)),),
-    torch.bfloat16: ((16384, Config(64, 64, 64, 4, 3)), (_ANY, Config(128, 128, 64, 8, 3))),
-    torch.float16: ((16384, Config(64, 64, 64, 4, 3)), (_ANY, Config(128, 128, 64, 8, 3))),
-}
-# Width of a step of the exact search; a block of codes times it sits in registers as float64.
-EXACT_BLOCK_K, EXACT_BLOCK_D = 16, 64
-
-
-@triton.jit
-def _nearest_code_screen_kernel(
-    x_ptr,  # [G, N, D]
-    codebook_ptr,  # [G, K, D], rows that are not finite zeroed
-    offset_ptr,  # float32 [G, K], subtracted from the scores; +inf for unusable codes
-    reach_ptr,  # float32 [G], the largest finite |c| of the group
-    code_ptr,  # int64 [G, N]
-    ambiguous_ptr,  # int8 [G, N]
-    N,
-    error_unit,  # relative error of a score: (D + 8) 2^-22
-    # Fixed by the model, unlike N: as constants they cost one compile per codebook.
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    group = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok = rows < N
-    x_rows = x_ptr + (group * N + rows)[:, None] * D
-    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    second = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    code = tl.zeros((BLOCK_N,), tl.int64)
-    square = tl.zeros((BLOCK_N,), tl.float32)
-    broken = tl.zeros((BLOCK_N,), tl.int32)
-
-    for start_k in range(0, K, BLOCK_K):
-        codes = start_k + tl.arange(0, BLOCK_K)
-        code_ok = codes < K
-        c_rows = codebook_ptr + (group * K + codes).to(tl.int64)[None, :] * D
-        score = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start_d in range(0, D, BLOCK_D):
-            d = start_d + tl.arange(0, BLOCK_D)
-            d_ok = d < D
-            x = tl.load(x_rows + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
-            c = tl.load(c_rows + d[:, None], mask=code_ok[None, :] & d_ok[:, None], other=0.0)
-            wide = x.to(tl.float32)
-            # inf - inf and nan - nan are not 0: the one test that catches both.
-            finite = (wide - wide) == 0.0
-            x = tl.where(finite, wide, 0.0).to(x.dtype)
-            if start_k == 0:
-                broken += tl.sum((~finite).to(tl.int32), 1)
-                clean = tl.where(finite, wide, 0.0)
-                square += tl.sum(clean * clean, 1)
-            score = tl.dot(x, c, score, input_precision="ieee")
-        offset = tl.load(offset_ptr + group * K + codes, mask=code_ok, other=float("inf"))
-        score = score - offset[None, :]
-        # argmax takes the first of equals, and a later block wins only when strictly better: the
-        # lowest id wins a tie.
-        here = tl.argmax(score, 1, tie_break_left=True)
-        top = tl.max(score, 1)
-        is_top = tl.arange(0, BLOCK_K)[None, :] == here[:, None]
-        runner_up = tl.max(tl.where(is_top, float("-inf"), score), 1)
-        second = tl.maximum(tl.maximum(second, runner_up), tl.minimum(best, top))
-        code = tl.where(top > best, start_k + here.to(tl.int64), code)
-        best = tl.maximum(best, top)
-
-    reach = tl.load(reach_ptr + group)
-    length = tl.sqrt(square)
-    # Times error_unit, 2^-103 is what steps below the normal range may lose (README.md).
-    underflow = 9.8607613152626476e-32 * (1.0 + length + reach)
-    bound = error_unit * (length * reach + reach * reach + underflow)
-    # NaN (from overflow) compares false, so the test is for certainty, not for doubt.
-    certain = best - second > 2.0 * bound
-    usable = (broken == 0) & (best > float("-inf"))
-    # Scores that overflowed may have lost every code; only the exact search can tell.
-    overflowed = (broken == 0) & ~(best < float("inf"))
-    tl.store(code_ptr + group * N + rows, tl.where(usable, code, -1), mask=row_ok)
-    again = (usable & ~certain) | overflowed | ((broken == 0) & (best == float("-inf")))
-    tl.store(ambiguous_ptr + group * N + rows, again.to(tl.int8), mask=row_ok)
-
-
-@triton.jit
-def _exact_distance(x, c, METRIC: tl.constexpr):
-    """Contribution of a slice to the three sums an exact distance needs, in float64."""
-    if METRIC == 0:
-        gap = x - c
-        return gap * gap
-    return x * c
-
-
-@triton.jit
-def _nearest_code_finish_kernel(
-    x_ptr,  # [G, N, D]
-    codebook_ptr,  # [G, K, D]
-    offset_ptr,  # float32 [G, K]; +inf marks unusable codes
-    code_ptr,  # int64 [G, N], read and written
-    ambiguous_ptr,  # int8 [G, N]
-    distance_ptr,  # float32 [G, N]
-    N,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    METRIC: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    group = tl.program_id(1).to(tl.int64)
-    row = group * N + tl.program_id(0).to(tl.int64)
-    code = tl.load(code_ptr + row)
-
-    if tl.load(ambiguous_ptr + row) != 0:
-        best = tl.full((), float("inf"), tl.float64)
-        code = tl.full((), -1, tl.int64)
-        for start_k in range(0, K, BLOCK_K):
-            codes = start_k + tl.arange(0, BLOCK_K)
-            code_ok = codes < K
-            offset = tl.load(offset_ptr + group * K + codes, mask=code_ok, other=float("inf"))
-            c_rows = codebook_ptr + (group * K + codes).to(tl.int64)[:, None] * D
-            total = tl.zeros((BLOCK_K,), tl.float64)
-            length = tl.zeros((BLOCK_K,), tl.float64)
-            for start_d in range(0, D, BLOCK_D):
-                d = start_d + tl.arange(0, BLOCK_D)
-                d_ok = d < D
-                x = tl.load(x_ptr + row * D + d, mask=d_ok, other=0.0).to(tl.float64)
-                c = tl.load(c_rows + d[None, :], mask=code_ok[:, None] & d_ok[None, :], other=0.0)
-                c = c.to(tl.float64)
-                total += tl.sum(_exact_distance(x[None, :], c, METRIC), 1)
-                length += tl.sum(c * c, 1)
-            if METRIC == 0:
-                value = total
-            elif METRIC == 1:
-                value = tl.where(length > 0.0, -total / tl.sqrt(length), 0.0)
-            else:
-                value = -total
-            value = tl.where(offset < float("inf"), value, float("inf"))
-            here = tl.argmin(value, 0, tie_break_left=True)
-            least = tl.min(value, 0)
-            code = tl.where(least < best, start_k + here.to(tl.int64), code)
-            best = tl.minimum(best, least)
-        tl.store(code_ptr + row, code)
-
-    # The distance of the code chosen, once more in float64: the screen's score has cancelled.
-    chosen = codebook_ptr + (group * K + tl.maximum(code, 0)) * D
-    total = tl.full((), 0.0, tl.float64)
-    x_length = tl.full((), 0.0, tl.float64)
-    c_length = tl.full((), 0.0, tl.float64)
-    for start_d in range(0, D, BLOCK_D):
-        d = start_d + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-        c = tl.load(chosen + d, mask=d < D, other=0.0).to(tl.float64)
-        total += tl.sum(_exact_distance(x, c, METRIC), 0)
-        x_length += tl.sum(x * x, 0)
-        c_length += tl.sum(c * c, 0)
-    if METRIC == 0:
-        distance = total
-    elif METRIC == 1:
-        scale = tl.sqrt(x_length) * tl.sqrt(c_length)
-        distance = 1.0 - tl.where(scale > 0.0, total / scale, 0.0)
-    else:
-        distance = -total
-    distance = tl.where(code >= 0, distance, float("nan"))
-    tl.store(distance_ptr + row, distance.to(tl.float32))
-
-
 def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Nearest code of every row; contract and arguments as the reference, without float64.
 
-    No host synchronisation: rows in doubt are marked on the device and searched by the second
-    kernel, whose programs leave at once for all others.
+    No host synchronisation: how many rows are searched again only the device knows.
     """
-    x, codebook = x.contiguous(), codebook.contiguous()
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
-        x, codebook = x.float(), codebook.float()
-    groups, n, width = x.shape
-    num_codes = codebook.shape[1]
-    codes = torch.empty(groups, n, dtype=torch.int64, device=x.device)
-    distance = torch.empty(groups, n, dtype=torch.float32, device=x.device)
-    if codes.numel() == 0:
-        return codes, distance
-    screened, offset, reach = _prepare(codebook, metric)
-    ambiguous = torch.empty(groups, n, dtype=torch.int8, device=x.device)
-    config = next(config for largest, config in CONFIGS[x.dtype] if n <= largest)
-    _nearest_code_screen_kernel[(triton.cdiv(n, config.block_n), groups)](
-        x,
-        screened,
-        offset,
-        reach,
-        codes,
-        ambiguous,
-        n,
-        error_unit(width),
-        K=num_codes,
-        D=width,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    _nearest_code_finish_kernel[(n, groups)](
-        x,
-        codebook,
-        offset,
-        codes,
-        ambiguous,
-        distance,
-        n,
-        K=num_codes,
-        D=width,
-        METRIC=_METRICS[metric],
-        BLOCK_K=EXACT_BLOCK_K,
-        BLOCK_D=EXACT_BLOCK_D,
-        num_warps=1,
-    )
+    codes, distance, _ = nearest_code_with_stats(x, codebook, metric)
     return codes, distance
 
 
-def error_unit(width: int) -> float:
-    """Error of a screened score relative to |x| |c| + |c|^2; proof in README.md.
-
-    2^-22 per accumulation step rather than 2^-24, since matrix units truncate where the standard
-    rounds, and eight steps for the preparation of codes and offsets.
-    """
-    return (width + 8) * 2.0**-22
+def nearest_code_only(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """The codes of ``nearest_code``, without the pass over the rows that distances take."""
+    with torch.cuda.device_of(x):
+        return _Search.of(x, codebook, metric).codes()[0]
 
 
-def _prepare(codebook: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes to score with, what to subtract from the scores, and the codes' largest length."""
-    usable = codebook.isfinite().all(-1)
-    clean = torch.where(usable[..., None], codebook, 0)
-    lengths = clean.double().norm(dim=-1)
-    if metric == "cosine":
-        wide = clean.double() / lengths.clamp(min=torch.finfo(torch.float64).tiny)[..., None]
-        # Scaled codes in the rows' own low precision would not be exact any more; the bound then
-        # has to carry their rounding, which `reach` does below.
-        clean = wide.to(codebook.dtype)
-        rounding = 0.0 if codebook.dtype == torch.float32 else torch.finfo(codebook.dtype).eps
-        reach = torch.full_like(lengths[:, 0], 1.0 + rounding / error_unit(codebook.shape[-1]))
-        offset = torch.zeros_like(lengths)
-    else:
-        reach = lengths.amax(-1)
-        offset = lengths.square() / 2 if metric == "l2" else torch.zeros_like(lengths)
-    # Infinity means unusable; an offset beyond float32 belongs to a code that still is.
-    largest = torch.finfo(torch.float32).max
-    offset = offset.clamp(max=largest).masked_fill(~usable, torch.inf)
-    return clean, offset.float(), reach.float()
+def nearest_code_with_stats(
+    x: Tensor, codebook: Tensor, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``nearest_code``, and int32 [G] on the device: rows the screen left undecided."""
+    with torch.cuda.device_of(x):
+        search = _Search.of(x, codebook, metric)
+        codes, undecided = search.codes()
+        return codes, search.distances(codes), undecided
+
+
+class Bounds(NamedTuple):
+    """The constants of README.md's bound that depend on shapes alone."""
+
+    accumulation: float
+    underflow: float
+    slack: float
+
+
+def screen_bounds(config: Config, width: int) -> Bounds:
+    """Bounds that hold for the scores of the screen and of the second search alike."""
+    longest = max(config.block_d, RERANK.block_d)
+    chains = triton.cdiv(width, min(config.block_d, RERANK.block_d))
+    # Chains on the matrix unit, their sum, the bits a key gives to its column, bias and scale.
+    accumulation = longest * 2.0**-22 + chains * 2.0**-24 + config.block_k * 2.0**-23 + 2.0**-20
+    # The last: float32 sums of squares and the arithmetic of the bound itself.
+    return Bounds(accumulation, (width + 8) * 2.0**-125, 1 + 2.0**-10 + width * 2.0**-23)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Operands [G, N, D] and [G, K, D] of a search, and what the kernels are told about them."""
+
+    x: Tensor
+    codebook: Tensor
+    metric: str
+    round: bool  # float32, which tf32 does not hold; 16-bit values are multiplied as they are
+
+    @staticmethod
+    def of(x: Tensor, codebook: Tensor, metric: str) -> _Search:
+        rounded = x.dtype == torch.float32
+        if INTERPRETED and x.dtype == torch.bfloat16:
+            # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were
+            # integers; as float32 they are the same numbers.
+            x, codebook = x.float(), codebook.float()
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        return _Search(x, codebook.contiguous(), metric, rounded)
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Codes int64 [G, N], and how many rows of every group were searched again."""
+        groups, n, width = self.x.shape
+        device = self.x.device
+        codes = torch.empty((groups, n), dtype=torch.int64, device=device)
+        # One fill for limits and counters: zero is zero in both types.
+        state = torch.zeros(groups * (LIMITS + 1), dtype=torch.int32, device=device)
+        limits, count = state[: groups * LIMITS].view(torch.float32), state[groups * LIMITS :]
+        if codes.numel() == 0:
+            return codes, count
+        table, bias, scale, shift = self._prepared(limits)
+        rows = torch.empty((groups, n), dtype=torch.int64, device=device)
+        threshold = torch.empty((groups, n), dtype=torch.float32, device=device)
+        flags = {
+            "K": self.codebook.shape[1],
+            "D": width,
+            "ROUND": self.round,
+            "SHIFT": self.round and self.metric == "l2",
+            "SCALED": not self.round and self.metric == "cosine",
+        }
+        prepared = (table, bias, scale, shift)
+        self._screen(prepared, limits, (codes, rows, threshold, count), flags)
+        tiles = triton.cdiv(n, RERANK.block_n)
+        _nearest_code_rerank_kernel[(min(tiles, RERANK.programs), groups)](
+            self.x,
+            self.codebook,
+            *prepared,
+            codes,
+            rows,
+            threshold,
+            count,
+            n,
+            *self.x.stride()[:2],
+            **flags,
+            METRIC=_METRICS[self.metric],
+            BLOCK_N=RERANK.block_n,
+            BLOCK_K=RERANK.block_k,
+            BLOCK_D=RERANK.block_d,
+            EXACT_D=RERANK.exact_d,
+            num_warps=RERANK.num_warps,
+        )
+        return codes, count
+
+    def _prepared(self, limits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes to multiply with, their biases and scales, and what is subtracted from rows."""
+        groups, num_codes, width = self.codebook.shape
+        floats = {"dtype": torch.float32, "device": self.codebook.device}
+        table = torch.empty_like(self.codebook)
+        bias, scale = torch.empty((2, groups, num_codes), **floats)
+        mean, shift = torch.empty((2, groups, width), **floats)
+        if self.round:
+            _nearest_code_mean_kernel[(triton.cdiv(width, MEAN_BLOCK_D), groups)](
+                self.codebook,
+                mean,
+                K=num_codes,
+                D=width,
+                SAMPLE=min(MEAN_SAMPLE, triton.next_power_of_2(num_codes)),
+                BLOCK_D=MEAN_BLOCK_D,
+                num_warps=4,
+            )
+        _nearest_code_prepare_kernel[(triton.cdiv(num_codes, PREPARE_BLOCK_K), groups)](
+            self.codebook,
+            mean,
+            table,
+            bias,
+            scale,
+            shift,
+            limits,
+            K=num_codes,
+            D=width,
+            METRIC=_METRICS[self.metric],
+            CENTRE=self.round,
+            BLOCK_K=PREPARE_BLOCK_K,
+            BLOCK_D=PREPARE_BLOCK_D,
+            num_warps=4,
+        )
+        return table, bias, scale, shift
+
+    def _screen(
+        self,
+        prepared: tuple[Tensor, ...],
+        limits: Tensor,
+        out: tuple[Tensor, ...],
+        flags: dict[str, int | bool],
+    ) -> None:
+        groups, n, width = self.x.shape
+        num_codes, device = self.codebook.shape[1], self.x.device
+        machine = machine_of(device)
+        config = choose(machine.architecture, self.x.dtype, n, width)
+        splits = splits_of(config, groups, n, num_codes, machine.processors)
+        parts = torch.empty((2, splits, groups, n) if splits > 1 else (2, 0), device=device)
+        part_codes = torch.empty_like(parts[0], dtype=torch.int32)
+        error = torch.empty((groups, n) if splits > 1 else (0,), device=device)
+        split_k = triton.cdiv(triton.cdiv(num_codes, splits), config.block_k) * config.block_k
+        _nearest_code_screen_kernel[(triton.cdiv(n, config.block_n), groups, splits)](
+            self.x,
+            *prepared,
+            limits,
+            *out,
+            *parts,
+            part_codes,
+            error,
+            n,
+            *self.x.stride()[:2],
+            *screen_bounds(config, width),
+            **flags,
+            SPLITS=splits,
+            SPLIT_K=split_k,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if splits > 1:
+            _nearest_code_merge_kernel[(triton.cdiv(n, MERGE_BLOCK_N), groups)](
+                *out, *parts, part_codes, error, n, SPLITS=splits, BLOCK_N=MERGE_BLOCK_N
+            )
+
+    def distances(self, codes: Tensor) -> Tensor:
+        """Distances float32 [G, N] of the codes chosen."""
+        groups, n, width = self.x.shape
+        distance = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        if codes.numel():
+            _nearest_code_distance_kernel[(triton.cdiv(n, DISTANCE_BLOCK_N), groups)](
+                self.x,
+                self.codebook,
+                codes,
+                distance,
+                n,
+                *self.x.stride()[:2],
+                K=self.codebook.shape[1],
+                D=width,
+                METRIC=_METRICS[self.metric],
+                BLOCK_N=DISTANCE_BLOCK_N,
+                BLOCK_D=DISTANCE_BLOCK_D,
+                num_warps=4,
+            )
+        return distance
