@@ -45,9 +45,10 @@ from torch import Tensor
 
 __all__ = [
     "Bounds",
+    "SearchStats",
     "nearest_code",
-    "nearest_code_only",
     "nearest_code_with_stats",
+    "nearest_codes",
     "screen_bounds",
 ]
 
@@ -65,20 +66,38 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     return codes, distance
 
 
-def nearest_code_only(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+def nearest_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     """The codes of ``nearest_code``, without the pass over the rows that distances take."""
     with torch.cuda.device_of(x):
         return _Search.of(x, codebook, metric).codes()[0]
 
 
+@dataclass(frozen=True)
+class SearchStats:
+    """How much of a search the screen could not decide.
+
+    Attributes:
+        rows: rows searched, G * N.
+        reranked: int32 [G] on the device, rows of every group that were searched again.
+    """
+
+    rows: int
+    reranked: Tensor
+
+    @property
+    def fraction_reranked(self) -> float:
+        """Share of rows searched again; 0 without rows. Waits for the device."""
+        return int(self.reranked.sum()) / self.rows if self.rows else 0.0
+
+
 def nearest_code_with_stats(
     x: Tensor, codebook: Tensor, metric: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``nearest_code``, and int32 [G] on the device: rows the screen left undecided."""
+) -> tuple[Tensor, Tensor, SearchStats]:
+    """``nearest_code``, and how many rows its screen could not decide, counted on the device."""
     with torch.cuda.device_of(x):
         search = _Search.of(x, codebook, metric)
-        codes, undecided = search.codes()
-        return codes, search.distances(codes), undecided
+        codes, reranked = search.codes()
+        return codes, search.distances(codes), SearchStats(codes.numel(), reranked)
 
 
 class Bounds(NamedTuple):

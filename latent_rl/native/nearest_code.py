@@ -10,7 +10,7 @@ from torch import Tensor
 from latent_rl import _C
 from latent_rl.native._call import accumulator, address, dtype_code, rows_of, threads
 
-__all__ = ["SearchStats", "nearest_code", "nearest_code_with_stats"]
+__all__ = ["SearchStats", "nearest_code", "nearest_code_with_stats", "nearest_codes"]
 
 METRIC_CODES = {"l2": 0, "cosine": 1, "dot": 2}
 

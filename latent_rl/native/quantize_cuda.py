@@ -25,7 +25,7 @@ def quantize_forward_cuda(
     with torch.cuda.device(device):
         x, codebook = rows_of(x), codebook.contiguous()
         # Through torch's registry, so that the dispatch table chooses who searches.
-        codes = torch.ops.latent_rl.nearest_code(x[None], codebook[None], metric)[0][0]
+        codes = torch.ops.latent_rl.nearest_codes(x[None], codebook[None], metric)[0]
         grouped = group_rows(codes, num_codes)
         quantized = torch.empty((rows, dim), dtype=x.dtype, device=device)
         error = torch.empty((), dtype=torch.float32, device=device)

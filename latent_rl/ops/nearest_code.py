@@ -20,7 +20,13 @@ def _fake(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def _only_fake(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
 define(OP, OP, "(Tensor x, Tensor codebook, str metric) -> (Tensor, Tensor)", _fake)
+# Distances take a pass over the rows of their own on a GPU.
+define(OP, "nearest_codes", "(Tensor x, Tensor codebook, str metric) -> Tensor", _only_fake)
 
 
 def nearest_code(
@@ -66,9 +72,9 @@ def nearest_code(
         )
     grouped = x.ndim == 3
     groups = (x, codebook) if grouped else (x[None], codebook[None])
-    codes, distance = torch.ops.latent_rl.nearest_code(
-        groups[0].detach(), groups[1].detach(), metric
-    )
-    if not grouped:
-        codes, distance = codes[0], distance[0]
-    return (codes, distance) if return_distance else codes
+    rows, table = groups[0].detach(), groups[1].detach()
+    if not return_distance:
+        codes: Tensor = torch.ops.latent_rl.nearest_codes(rows, table, metric)
+        return codes if grouped else codes[0]
+    codes, distance = torch.ops.latent_rl.nearest_code(rows, table, metric)
+    return (codes, distance) if grouped else (codes[0], distance[0])

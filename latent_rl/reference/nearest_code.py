@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def nearest_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """The codes of ``nearest_code``."""
+    return nearest_code(x, codebook, metric)[0]
+
+
 def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Nearest code of every row, by distances in float64.
 

@@ -34,6 +34,7 @@ def test_random_rows_get_the_codes_of_the_oracle(backend, size, dtype, metric) -
     x, codebook = random_search(size, dtype)
     codes, distance = ops.nearest_code(x, codebook, metric, return_distance=True)
     assert torch.equal(codes, oracle(x, codebook, metric))
+    assert torch.equal(ops.nearest_code(x, codebook, metric), codes)
     assert distance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -95,7 +96,8 @@ def test_triton_in_the_interpreter() -> None:
 
 def test_opcheck() -> None:
     x, codebook = random_search((2, 5, 4, 3), torch.float32)
-    torch.library.opcheck(torch.ops.latent_rl.nearest_code.default, (x, codebook, "l2"))
+    for op in (torch.ops.latent_rl.nearest_code, torch.ops.latent_rl.nearest_codes):
+        torch.library.opcheck(op.default, (x, codebook, "l2"))
 
 
 def test_compiled_equals_eager() -> None:

@@ -69,8 +69,8 @@ def test_no_rows() -> None:
 
 def searched(x, codebook, metric="l2"):
     """Codes and how many rows the screen left undecided."""
-    codes, _, undecided = triton_impl.nearest_code_with_stats(x[None], codebook[None], metric)
-    return codes[0], undecided.item()
+    codes, _, stats = triton_impl.nearest_code_with_stats(x[None], codebook[None], metric)
+    return codes[0], stats.reranked.item()
 
 
 def test_most_rows_are_decided_by_the_screen() -> None:
