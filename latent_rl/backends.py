@@ -37,15 +37,19 @@ class Row:
     """One implementation of one op.
 
     ``module`` holds the implementation-level functions, each named as in the reference with
-    ``suffix`` appended; ``why_not`` says what speaks against serving a request, or None.
+    ``suffix`` appended; ``why_not`` says what speaks against serving a request, or None. What the
+    row does as ``backward_of`` does, that row serves.
     """
 
     name: str
     module: str
     why_not: Callable[[Request], str | None]
     suffix: str = ""
+    backward_of: Row | None = None
 
     def function(self, name: str) -> Callable[..., Any]:
+        if self.backward_of is not None and name.endswith("_backward"):
+            return self.backward_of.function(name)
         return _load(self.module, name + self.suffix)
 
 
@@ -131,6 +135,26 @@ def _cuda(op: str, module: str | None = None) -> Row:
     return Row("cuda", f"latent_rl.native.{module or op}", _why_not_cuda, suffix="_cuda")
 
 
+def _why_not_fused_merge(request: Request) -> str | None:
+    if request.dtype == torch.float32:
+        return "float32 has no matrix unit; its products are cuBLAS's"
+    problem = _why_not_triton(request)
+    if problem is None and request.device.type == "cuda":
+        # Its backward is the CUDA row's.
+        problem = _why_not_cuda(request)
+    return problem
+
+
+def _fused_merge() -> Row:
+    """The forward in one Triton kernel; the backward is the CUDA row's."""
+    return Row(
+        "triton",
+        "latent_rl.kernels.gated_merge.triton_impl",
+        _why_not_fused_merge,
+        backward_of=_cuda("gated_merge", "gated_merge_cuda"),
+    )
+
+
 _TABLE: dict[str, tuple[Row, ...]] = {
     "nearest_code": (_triton("nearest_code"), _native("nearest_code"), _reference("nearest_code")),
     "quantize": (
@@ -143,9 +167,18 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         _native("gumbel_quantize"),
         _reference("gumbel_quantize"),
     ),
-    "gated_merge": (_native("gated_merge"), _reference("gated_merge")),
+    "gated_merge": (
+        _cuda("gated_merge", "gated_merge_cuda"),
+        _fused_merge(),
+        _native("gated_merge"),
+        _reference("gated_merge"),
+    ),
     "sample_codes": (_cuda("sample_codes"), _native("sample_codes"), _reference("sample_codes")),
-    "code_logprobs": (_native("code_logprobs"), _reference("code_logprobs")),
+    "code_logprobs": (
+        _cuda("code_logprobs", "code_logprobs_cuda"),
+        _native("code_logprobs"),
+        _reference("code_logprobs"),
+    ),
 }
 
 OPS = tuple(_TABLE)

@@ -9,5 +9,7 @@ void bind_sample_codes_cuda(pybind11::module_& m);
 void bind_segments_cuda(pybind11::module_& m);
 void bind_quantize_cuda(pybind11::module_& m);
 void bind_gumbel_quantize_cuda(pybind11::module_& m);
+void bind_code_logprobs_cuda(pybind11::module_& m);
+void bind_gated_merge_cuda(pybind11::module_& m);
 
 }  // namespace latent_rl
