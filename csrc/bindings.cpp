@@ -235,6 +235,48 @@ void logprobs_backward(int dtype_code, Address logits, Address ref_logits, Addre
       threads);
 }
 
+void slot_attention(int dtype_code, Address query, Address keys, Address values, Address begins,
+                    Address ends, Address out, double scale, int64_t rows, int64_t length,
+                    int64_t query_heads, int64_t key_heads, int64_t dim, int64_t value_dim,
+                    const std::vector<int64_t>& key_strides,
+                    const std::vector<int64_t>& value_strides, int threads) {
+  const char* op = "slot_attention";
+  const DType dtype = check_dtype(op, "query", dtype_code);
+  check_size(op, "rows", rows, 0);
+  check_size(op, "length", length, 1);
+  check_size(op, "key_heads", key_heads, 1);
+  check_size(op, "query_heads", query_heads, key_heads);
+  check_size(op, "dim", dim, 1);
+  check_size(op, "value_dim", value_dim, 1);
+  if (query_heads % key_heads != 0 || key_strides.size() != 3 || value_strides.size() != 3) {
+    throw std::invalid_argument(
+        "slot_attention: query_heads must be a multiple of key_heads, and keys and values have "
+        "three strides each");
+  }
+  run(op, &OpTable::slot_attention,
+      SlotAttentionArgs{dtype,
+                        data(op, "query", query, rows * query_heads * dim, dtype),
+                        data(op, "keys", keys, rows * length * key_heads * dim, dtype),
+                        data(op, "values", values, rows * length * key_heads * value_dim, dtype),
+                        ids(op, "begins", begins, rows),
+                        ids(op, "ends", ends, rows),
+                        data(op, "out", out, rows * query_heads * value_dim, dtype),
+                        scale,
+                        rows,
+                        length,
+                        query_heads,
+                        key_heads,
+                        dim,
+                        value_dim,
+                        key_strides[0],
+                        key_strides[1],
+                        key_strides[2],
+                        value_strides[0],
+                        value_strides[1],
+                        value_strides[2]},
+      threads);
+}
+
 std::vector<uint32_t> philox_words(int64_t seed, int64_t offset, int64_t count) {
   check_size("philox_words", "count", count, 0);
   std::vector<uint32_t> words(static_cast<size_t>(count));
@@ -295,4 +337,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("logprobs_forward", &logprobs_forward);
   m.def("logprobs_backward", &logprobs_backward);
+  m.def("slot_attention", &slot_attention);
 }

@@ -161,6 +161,20 @@ struct LogprobsBackwardArgs {
   int64_t row_stride, ref_row_stride;
 };
 
+struct SlotAttentionArgs {
+  DType dtype;
+  const void* query;      // [N, query_heads, dim], contiguous
+  const void* keys;       // [N, length, key_heads, dim], heads contiguous
+  const void* values;     // [N, length, key_heads, value_dim]
+  const int64_t* begins;  // [N], first visible position
+  const int64_t* ends;    // [N], one past the last
+  void* out;              // [N, query_heads, value_dim]
+  double scale;
+  int64_t rows, length, query_heads, key_heads, dim, value_dim;
+  int64_t key_row_stride, key_stride, key_head_stride;
+  int64_t value_row_stride, value_stride, value_head_stride;
+};
+
 struct OpTable {
   const char* isa;
   void (*nearest_code)(const NearestArgs&, int threads);
@@ -174,6 +188,7 @@ struct OpTable {
   void (*sample_codes)(const SampleArgs&, int threads);
   void (*logprobs_forward)(const LogprobsForwardArgs&, int threads);
   void (*logprobs_backward)(const LogprobsBackwardArgs&, int threads);
+  void (*slot_attention)(const SlotAttentionArgs&, int threads);
   // The raw stream, for tests: words[i] is word i of the row's Philox stream.
   void (*philox_words)(int64_t seed, int64_t offset, int64_t count, uint32_t* words);
 };

@@ -1,5 +1,7 @@
 """C++ and CUDA backends: addresses, sizes and strides in elements; see csrc/bindings.cpp."""
 
+from collections.abc import Sequence
+
 has_cuda: bool
 QUANTIZE_BLOCKS: int
 
@@ -268,6 +270,24 @@ def quantize_backward_cuda(
     grad_row_stride: int,
     x_row_stride: int,
     stream: int,
+def slot_attention(
+    dtype: int,
+    query: int,
+    keys: int,
+    values: int,
+    begins: int,
+    ends: int,
+    out: int,
+    scale: float,
+    rows: int,
+    length: int,
+    query_heads: int,
+    key_heads: int,
+    dim: int,
+    value_dim: int,
+    key_strides: Sequence[int],
+    value_strides: Sequence[int],
+    threads: int,
     /,
 ) -> None: ...
 def gumbel_teams(rows: int, num_codes: int, /) -> int: ...

@@ -179,6 +179,7 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         _native("code_logprobs"),
         _reference("code_logprobs"),
     ),
+    "slot_attention": (_native("slot_attention"), _reference("slot_attention")),
 }
 
 OPS = tuple(_TABLE)

@@ -17,6 +17,7 @@ void merge_backward(const MergeBackwardArgs& args, int threads);
 void sample_codes(const SampleArgs& args, int threads);
 void logprobs_forward(const LogprobsForwardArgs& args, int threads);
 void logprobs_backward(const LogprobsBackwardArgs& args, int threads);
+void slot_attention(const SlotAttentionArgs& args, int threads);
 void philox_words(int64_t seed, int64_t offset, int64_t count, uint32_t* words);
 
 }  // namespace LATENT_RL_ISA_NAME

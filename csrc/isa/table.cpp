@@ -10,7 +10,7 @@ const OpTable& table() {
   static const OpTable kTable = {
       LATENT_RL_ISA_STRING, nearest_code,      quantize_forward, quantize_backward, segment_sum,
       gumbel_forward,       gumbel_backward,   merge_forward,    merge_backward,    sample_codes,
-      logprobs_forward,     logprobs_backward, philox_words,
+      logprobs_forward,     logprobs_backward, slot_attention,   philox_words,
   };
   return kTable;
 }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from latent_rl.models.latent_action_model import LatentActionModel
 
 # Parts the token stream from the code stream of the same row seeds.
-_TOKEN_STREAM = 0x746F6B656E
+TOKEN_STREAM = 0x746F6B656E
 
 
 class LatentGeneration(NamedTuple):
@@ -224,7 +224,7 @@ class SeededTokens(LogitsProcessor):
 
     def __init__(self, seeds: Tensor, prompt_length: int) -> None:
         """Seeds int64 [B]; the step is read off the length of the sequences."""
-        self._seeds, self._prompt_length = seeds ^ _TOKEN_STREAM, prompt_length
+        self._seeds, self._prompt_length = seeds ^ TOKEN_STREAM, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] with -inf everywhere but at the drawn token."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from latent_rl.models import backbone as bb
 from latent_rl.models import checkpoint, generation
@@ -160,13 +161,19 @@ class LatentActionModel(nn.Module):
 
     # The trunk.
 
-    def encode(self, inputs: Mapping[str, Tensor], grad: bool = False) -> Trace:
+    def encode(
+        self,
+        inputs: Mapping[str, Tensor],
+        grad: bool = False,
+        past_key_values: Cache | None = None,
+    ) -> Trace:
         """Run the trunk once, without the vocabulary head.
 
         Args:
             inputs: what the processor made: ``input_ids`` [B, L], ``attention_mask``, image
                 inputs and token types.
             grad: keep the graph, for stages that train backbone layers; otherwise no_grad.
+            past_key_values: an empty cache to fill, or None.
 
         Returns:
             The trace; its states never carry a code.
@@ -178,7 +185,9 @@ class LatentActionModel(nn.Module):
         bb.check_inputs(self.backbone, inputs)
         capture = CaptureHidden()
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()), self._hook.use(capture):
-            bb.trunk(self.backbone)(**inputs, use_cache=False)
+            bb.trunk(self.backbone)(
+                **inputs, past_key_values=past_key_values, use_cache=past_key_values is not None
+            )
         if capture.hidden is None:
             raise RuntimeError("LatentActionModel.encode: the decoder did not run")
         keep_mask = bb.prompt_mask(inputs)

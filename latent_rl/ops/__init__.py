@@ -7,6 +7,7 @@ from latent_rl.ops.nearest_code import nearest_code
 from latent_rl.ops.quantize import QuantizeOutput, quantize
 from latent_rl.ops.sample_codes import SampleCodesOutput, sample_codes
 from latent_rl.ops.seeds import row_seeds
+from latent_rl.ops.slot_attention import slot_attention
 
 __all__ = [
     "CodeLogprobsOutput",
@@ -20,4 +21,5 @@ __all__ = [
     "quantize",
     "row_seeds",
     "sample_codes",
+    "slot_attention",
 ]

@@ -1,0 +1,309 @@
+"""One call of the engine: the queue, the slots, and what was finished so far."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latent_rl.decode.attention import attention_of
+from latent_rl.decode.collect import collect, pad_id
+from latent_rl.decode.output import DecodeError, DecodeOutput, Piece, Results
+from latent_rl.decode.prefill import Prefill, prefill
+from latent_rl.decode.prompts import Prompt
+from latent_rl.decode.settings import DecodeSettings, Steering
+from latent_rl.decode.stopping import StopStrings
+from latent_rl.decode.workspace import Workspace
+from latent_rl.models import LatentActionModel
+
+__all__ = ["DecodeRun", "Job"]
+
+# What a malformed image or prompt makes a model raise.
+_PROMPT_ERRORS = (ValueError, TypeError, RuntimeError, IndexError, KeyError)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked call of ``Decoder.start``; see there."""
+
+    prompts: list[Prompt]
+    num_generations: int
+    limits: list[int]
+    seeds: Tensor
+    settings: DecodeSettings
+    steering: Steering
+    hidden_dtype: torch.dtype | None
+    prefill_prompts: int
+
+    @property
+    def longest_prompt(self) -> int:
+        """P."""
+        return max(int(p["input_ids"].shape[1]) for p in self.prompts)
+
+
+@dataclass
+class _Slot:
+    """The host's knowledge of a speaking slot: at least this many tokens are said."""
+
+    request: int
+    prompt_tokens: int
+    said: int = 0
+    looked: int = 0
+    streamed: int = 0
+
+    @property
+    def cached(self) -> int:
+        """Positions cached, at most: the last token said is not read yet."""
+        return self.prompt_tokens + self.said - 1
+
+
+class DecodeRun:
+    """Iterate for pieces as they come, or :meth:`finish`; :meth:`output` at any time."""
+
+    def __init__(
+        self, model: LatentActionModel, space: Workspace, job: Job, *, tokenizer: Any | None
+    ) -> None:
+        """Nothing runs before the first piece is asked for."""
+        self._model, self._space, self._job = model, space, job
+        self._slots: list[_Slot] = []
+        self._prefills: dict[int, Prefill] = {}
+        self._queue = deque(range(len(job.limits)))
+        self._stop = StopStrings(job.settings.stop_strings, tokenizer)
+        self._errors: dict[int, Exception] = {}
+        self._started = False
+        # Without a listener only what ends is looked at.
+        self._streams = True
+        width = int(model.decoder.config.hidden_size)
+        hidden = None
+        if job.hidden_dtype is not None:
+            hidden = (job.longest_prompt, width, job.hidden_dtype)
+        self._results = Results.empty(
+            len(job.limits), max(job.limits), hidden=hidden, device=model.device
+        )
+        # Of every prompt read: positions and masks for replay.
+        self._read: dict[int, Prefill] = {}
+
+    def finish(self) -> DecodeOutput:
+        """Decode what is left and return everything.
+
+        Raises:
+            DecodeError: when prompts could not be read; its ``output`` has the others.
+        """
+        if not self._started:
+            self._streams = False
+            for _ in self:
+                pass
+        output = self.output()
+        if self._errors:
+            raise DecodeError(self._errors, output)
+        return output
+
+    def output(self) -> DecodeOutput:
+        """What was finished so far; other rows are masked and "unfinished" or "failed"."""
+        return collect(self._model, self._job, self._results, self._read)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Decode; yields pieces in the order in which they are said.
+
+        Raises:
+            RuntimeError: when the run was iterated before.
+        """
+        if self._started:
+            raise RuntimeError("DecodeRun: a run can be iterated once; start another")
+        self._started = True
+        model, space = self._model, self._space
+        was_training = model.training
+        model.eval()
+        space.begin(model)
+        try:
+            yield from self._decode()
+        finally:
+            self._prefills.clear()
+            model.train(was_training)
+
+    def _decode(self) -> Iterator[Piece]:
+        space = self._space
+        while self._queue or self._slots:
+            # Left before a piece is handed out: what its receiver does is not ours to change.
+            with torch.no_grad():
+                self._admit()
+                for _ in range(space.check_every):
+                    if all(slot.said >= self._job.limits[slot.request] for slot in self._slots):
+                        break
+                    self._advance()
+                pieces = self._look()
+            yield from pieces
+
+    # Slots are filled ...
+
+    def _admit(self) -> None:
+        """Fill free slots from the queue; a prompt is read when its first request comes."""
+        group = self._job.num_generations
+        while self._queue and (free := self._space.slots - len(self._slots)):
+            prompt = self._queue[0] // group
+            if prompt not in self._prefills:
+                self._read_prompts(self._next_prompts(free))
+                continue
+            requests: list[int] = []
+            while self._queue and self._queue[0] // group == prompt and len(requests) < free:
+                requests.append(self._queue.popleft())
+            self._place(self._prefills[prompt], requests)
+            if not self._queue or self._queue[0] // group != prompt:
+                del self._prefills[prompt]
+
+    def _next_prompts(self, free: int) -> list[int]:
+        """Prompts to read together: those whose requests fit the free slots, but few at once."""
+        group = self._job.num_generations
+        found: list[int] = []
+        for request in itertools.islice(self._queue, free):
+            prompt = request // group
+            if prompt not in self._prefills and prompt not in found:
+                found.append(prompt)
+        return found[: self._job.prefill_prompts]
+
+    def _read_prompts(self, prompts: list[int]) -> None:
+        """Read them in one batch; when that fails, one by one, to find who is to blame."""
+        given = [self._job.prompts[prompt] for prompt in prompts]
+        try:
+            found = prefill(self._model, given, pad_id(self._model))
+        except torch.OutOfMemoryError:
+            raise
+        except _PROMPT_ERRORS as error:
+            if len(prompts) > 1:
+                for prompt in prompts:
+                    self._read_prompts([prompt])
+            else:
+                self._fail(prompts[0], error)
+            return
+        for prompt, read in zip(prompts, found, strict=True):
+            self._keep(prompt, read)
+
+    def _keep(self, prompt: int, read: Prefill) -> None:
+        self._space.use_positions(read.positions.shape[0])
+        self._prefills[prompt] = read
+        self._read[prompt] = read.without_cache()
+        if self._results.hidden is not None:
+            group = self._job.num_generations
+            rows = slice(prompt * group, (prompt + 1) * group)
+            end = self._job.longest_prompt
+            self._results.hidden[rows, end - read.length : end] = read.hidden.to(
+                self._results.hidden.dtype
+            )
+
+    def _fail(self, prompt: int, error: Exception) -> None:
+        """Drop a prompt's requests and remember why."""
+        group = self._job.num_generations
+        failed = [request for request in self._queue if request // group == prompt]
+        self._queue = deque(request for request in self._queue if request // group != prompt)
+        for request in failed:
+            self._errors[request] = error
+            self._results.reasons[request] = "failed"
+
+    def _place(self, read: Prefill, requests: list[int]) -> None:
+        """Give requests of one prompt the next slots, and let them say their first token."""
+        space, job = self._space, self._job
+        at = slice(len(self._slots), len(self._slots) + len(requests))
+        device = space.device
+        chosen = torch.tensor(requests, device=device)
+        if read.trunk is not None:
+            space.trunk.load(read.trunk, at)
+        if read.policy is not None:
+            space.policy.load(read.policy, at)
+        rows = space.rows
+        rows.lengths[at] = read.length
+        rows.positions[:, at] = read.positions[:, 0, -1:] + 1
+        rows.steps[at] = 0
+        rows.limits[at] = torch.tensor([job.limits[r] for r in requests], device=device)
+        rows.seeds[at] = job.seeds[chosen]
+        rows.text_only[at] = read.text_only
+        rows.active[at] = True
+        if job.steering.allowed is not None:
+            rows.allowed[:, at] = job.steering.allowed[chosen].T
+        space.requests[at] = chosen
+        self._slots += [_Slot(r, read.length) for r in requests]
+        self._steer(at)
+        n = len(requests)
+        logits = None if read.policy_logits is None else read.policy_logits.expand(n, -1)
+        self._step().act(at, read.state.expand(n, -1), logits, read.hidden.dtype)
+        self._results.record(space.said, space.requests[at], at, decoded=False)
+        for slot in self._slots[at]:
+            slot.said = 1
+
+    # ... advanced ...
+
+    def _step(self) -> Any:
+        job = self._job
+        return self._space.step_of(
+            self._model,
+            job.settings,
+            forced=job.steering.forced is not None,
+            allowed=job.steering.allowed is not None,
+        )
+
+    def _steer(self, at: slice) -> None:
+        """Put the forced codes of the slots' next step in their place."""
+        forced = self._job.steering.forced
+        if forced is not None:
+            rows = self._space.rows
+            steps = rows.steps[at].clamp_max(forced.shape[1] - 1)
+            rows.forced[at] = forced[self._space.requests[at], steps]
+
+    def _advance(self) -> None:
+        space, n = self._space, len(self._slots)
+        at = slice(0, n)
+        self._steer(at)
+        longest = max(slot.cached for slot in self._slots)
+        with attention_of(self._model.decoder, self._model.latent.policy.tower):
+            space.advance(self._step(), n, longest)
+        self._results.record(space.said, space.requests[at], at, decoded=True)
+        for slot in self._slots:
+            # An ended slot no longer advances; its host count may run ahead until the next look.
+            slot.said = min(slot.said + 1, self._job.limits[slot.request])
+
+    # ... and emptied.
+
+    def _look(self) -> list[Piece]:
+        """Find the slots that ended; free them; report what is new."""
+        rows, n = self._space.rows, len(self._slots)
+        said, active = torch.stack((rows.steps[:n], rows.active[:n])).tolist()
+        pieces = []
+        for index in reversed(range(n)):
+            slot = self._slots[index]
+            length = self._stop.cut(self._results, slot.request, slot.looked, said[index])
+            slot.looked = length
+            reason = self._reason(slot, said[index], bool(active[index]), length)
+            if self._streams:
+                pieces.append(self._piece(slot, length, reason))
+            if reason is not None:
+                self._free(index, length, reason)
+        return [piece for piece in reversed(pieces) if piece.tokens or piece.finish_reason]
+
+    def _reason(self, slot: _Slot, said: int, active: bool, length: int) -> str | None:
+        if self._stop.matched:
+            return "stop_string"
+        if active:
+            return None
+        last = int(self._results.ids[slot.request, said - 1, 0])
+        return "stop" if last in self._job.settings.eos_token_ids else "length"
+
+    def _piece(self, slot: _Slot, length: int, reason: str | None) -> Piece:
+        new = self._results.ids[slot.request, slot.streamed : length].tolist()
+        slot.streamed = length
+        tokens, codes = zip(*new, strict=True) if new else ((), ())
+        return Piece(slot.request, tokens, codes, reason)
+
+    def _free(self, index: int, length: int, reason: str) -> None:
+        """Write the request off and close the gap with the last slot."""
+        slot, last = self._slots[index], len(self._slots) - 1
+        self._results.lengths[slot.request] = length
+        self._results.reasons[slot.request] = reason
+        if index != last:
+            self._space.move(last, index, self._slots[last].cached)
+            self._slots[index] = self._slots[last]
+        self._slots.pop()
+        self._space.rows.active[last] = False

@@ -1,0 +1,162 @@
+"""What a decoder keeps between calls: slots, caches, steps and their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latent_rl.decode.graphs import StepGraphs
+from latent_rl.decode.output import Said
+from latent_rl.decode.settings import DecodeSettings
+from latent_rl.decode.slot_cache import SlotStore, SlotWindow, layer_shapes
+from latent_rl.decode.step import Rows, Step
+from latent_rl.models import LatentActionModel
+
+__all__ = ["Workspace"]
+
+# Cached positions are read up to a multiple of this: fewer graphs on CUDA, less work on the CPU.
+_CUDA_BLOCK, _CPU_BLOCK = 256, 32
+_CUDA_CHECK_EVERY = 8
+
+
+class Workspace:
+    """Storage for ``slots`` sequences of ``length`` positions, and the steps over it.
+
+    Attributes:
+        rows, said: the slots' state and what the last step said.
+        requests: int64 [slots], the results' row of each slot.
+        trunk, policy: key-value storage.
+        check_every: steps between looks at which slots ended.
+    """
+
+    def __init__(
+        self,
+        model: LatentActionModel,
+        slots: int,
+        length: int,
+        *,
+        cuda_graphs: bool | None,
+        check_every: int | None,
+        compiled: bool,
+    ) -> None:
+        """Allocate everything.
+
+        Raises:
+            ValueError: for graphs away from CUDA, or layers without a static cache.
+        """
+        device = model.device
+        on_cuda = device.type == "cuda"
+        if cuda_graphs and not on_cuda:
+            raise ValueError(f"Decoder: cuda_graphs need a CUDA device, the model is on {device}")
+        self.check_every = check_every or (_CUDA_CHECK_EVERY if on_cuda else 1)
+        self.slots, self.length, self.device = slots, length, device
+        self._block = _CUDA_BLOCK if on_cuda else _CPU_BLOCK
+        self._graphs = StepGraphs() if on_cuda and cuda_graphs is not False else None
+        self._window = SlotWindow(0, 0, torch.zeros(0, dtype=torch.int64, device=device))
+        self._dtypes = _dtypes(model)
+        self.trunk, self.policy = (
+            SlotStore(layer_shapes(stack), slots, length, self._window, dtype=dtype, device=device)
+            for stack, dtype in zip(
+                (model.decoder, model.latent.policy.tower), self._dtypes, strict=True
+            )
+        )
+        self.requests = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.said = Said.empty(
+            slots, int(model.decoder.config.hidden_size), self._dtypes[0], device
+        )
+        self._num_codes = model.latent_config.num_codes
+        self.rows = Rows.empty(slots, 1, self._num_codes, device)
+        self._steps: dict[tuple[DecodeSettings, bool, bool, bool], Step] = {}
+        self._compiled: dict[Step, Callable[[int, int], None]] | None = {} if compiled else None
+
+    def serves(self, model: LatentActionModel, slots: int, length: int) -> bool:
+        """Whether it is large enough and of the model's device and dtypes."""
+        fits = self.slots >= slots and self.length >= length
+        return fits and self.device == model.device and self._dtypes == _dtypes(model)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the caches, by far the largest part."""
+        return self.trunk.num_bytes + self.policy.num_bytes
+
+    def use_positions(self, count: int) -> None:
+        """Make room for ``count`` rotary positions per token.
+
+        Text has one, images have three or four; a prompt of text alone counts one among images.
+
+        Raises:
+            RuntimeError: for three among four or the reverse.
+        """
+        held = self.rows.positions.shape[0]
+        if count in (1, held):
+            return
+        if held != 1:
+            raise RuntimeError(f"Decoder: {count} rotary positions per token after {held}")
+        self.rows.positions = self.rows.positions.repeat(count, 1)
+        self._forget()
+
+    def begin(self, model: LatentActionModel) -> None:
+        """No slot speaks (after an interrupted run some still seem to); old graphs may be stale."""
+        if self._graphs is not None:
+            self._graphs.check_weights(model)
+        self.rows.active.zero_()
+        self.rows.steps.zero_()
+        self.rows.lengths.zero_()
+
+    def step_of(
+        self, model: LatentActionModel, settings: DecodeSettings, *, forced: bool, allowed: bool
+    ) -> Step:
+        """The step under these settings; the same object, with its graphs, on every call."""
+        key = (settings, forced, allowed, model.is_active)
+        if key not in self._steps:
+            self._steps[key] = Step(
+                model,
+                self.rows,
+                self.said,
+                (self.trunk, self.policy),
+                self._window,
+                settings,
+                forced=forced,
+                allowed=allowed,
+            )
+        return self._steps[key]
+
+    def bound_of(self, longest: int) -> int:
+        """Positions to read when the longest row has cached ``longest`` and adds one."""
+        return min(self.length, -(-(longest + 1) // self._block) * self._block)
+
+    def advance(self, step: Step, n: int, longest: int) -> None:
+        """Run the step on the first n slots, through a graph where there are graphs."""
+        bound = self.bound_of(longest)
+        if self._graphs is not None:
+            self._graphs.run(step, self._callable(step), n, self.slots, bound)
+        else:
+            self._callable(step)(n, bound)
+
+    def _callable(self, step: Step) -> Callable[[int, int], None]:
+        if self._compiled is None:
+            return step
+        if step not in self._compiled:
+            self._compiled[step] = torch.compile(step.__call__)
+        return self._compiled[step]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Put a slot in the place of another."""
+        self.trunk.move(source, target, length)
+        self.policy.move(source, target, length)
+        self.rows.move(source, target)
+        self.requests[target] = self.requests[source]
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        if self._compiled is not None:
+            self._compiled.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
+
+
+def _dtypes(model: LatentActionModel) -> tuple[torch.dtype, torch.dtype]:
+    weight: Tensor = model.latent.policy.head.weight
+    return model.dtype, weight.dtype
