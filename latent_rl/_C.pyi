@@ -270,6 +270,8 @@ def quantize_backward_cuda(
     grad_row_stride: int,
     x_row_stride: int,
     stream: int,
+    /,
+) -> None: ...
 def slot_attention(
     dtype: int,
     query: int,

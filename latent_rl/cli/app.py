@@ -158,6 +158,9 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="Torch device; cuda where there is one.")
     ] = None,
+    engine: Annotated[
+        bool, typer.Option(help="The decoding engine, or the model's own generate.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a prompt and show the latent actions behind the answer."""
@@ -181,6 +184,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             dtype=dtype.value,
             device=device,
+            engine=engine,
         ),
         as_json=as_json,
     )

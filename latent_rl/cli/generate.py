@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from latent_rl.cli.loading import (
 )
 from latent_rl.cli.run_dir import checkpoint_in
 from latent_rl.data import load_image, render_prompts
+from latent_rl.decode import Decoder
 
 __all__ = ["Answer", "GenerateRequest", "answer", "run_generate"]
 
@@ -43,6 +46,7 @@ class GenerateRequest:
     max_new_tokens: int = 128
     dtype: str = "auto"
     device: str | None = None
+    engine: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,21 @@ def _generate(
         "seed": request.seed,
         "forced_codes": request.code,
     }
-    if request.base:
-        with model.disabled():
-            out = model.generate(inputs, **settings)
-    else:
-        out = model.generate(inputs, **settings)
+    generate = _by_engine(model) if request.engine else model.generate
+    with model.disabled() if request.base else nullcontext():
+        out = generate(inputs, **settings)
     keep = out.completion_mask[0]
     tokens = out.completion_ids[0][keep].tolist()
     codes = [] if request.base else out.codes[0][keep].tolist()
     logprobs = [] if request.base else out.logprobs[0][keep].tolist()
     text = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return Answer(text, tuple(tokens), tuple(codes), tuple(logprobs))
+
+
+def _by_engine(model: Any) -> Callable[..., Any]:
+    """The decoding engine under the signature of the model's own generate."""
+    decoder = Decoder(model)
+    return lambda inputs, **settings: decoder.generate(inputs, **settings).generation
 
 
 def _row(request: GenerateRequest, images: list[Any]) -> dict[str, Any]:

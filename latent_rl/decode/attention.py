@@ -56,10 +56,16 @@ def slot_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"Decoder: attention with {name} is not supported; use generate()")
     begins, ends = attention_mask[:, 0, 0].unbind(1)
+    # Under autocast the query may be narrower than what is cached.
     out = ops.slot_attention(
-        query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2), begins, ends, scale=scaling
+        query[:, :, 0].to(key.dtype),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        begins,
+        ends,
+        scale=scaling,
     )
-    return out[:, None], None
+    return out[:, None].to(query.dtype), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, slot_attention)

@@ -11,7 +11,9 @@ from latent_rl.train.advantages import RewardScale, reward_scale
 from latent_rl.train.losses import Algorithm, ClipRange, algorithm
 from latent_rl.train.sampling import SampledDistribution
 
-__all__ = ["LatentGRPOConfig"]
+__all__ = ["DECODER_OPTIONS", "LatentGRPOConfig"]
+
+DECODER_OPTIONS = ("min_new_tokens", "eos_token_id", "stop_strings", "suppress_tokens")
 
 
 @dataclass
@@ -40,7 +42,11 @@ class LatentGRPOConfig(TrainingArguments):
     max_resample_rounds        rounds of replacement before the rest is used as it is
     replay_dtype               dtype of the states kept for the updates, e.g. "bfloat16"; None keeps
                                the rollout's
-    generation_kwargs          passed on to the backbone's generate
+    use_decoder                roll out with `latent_rl.decode.Decoder`; False takes the model's own
+                               generate, slower and with every option of transformers
+    decoder_slots              completions decoded at once, at most; None takes all of a rollout
+    generation_kwargs          min_new_tokens, eos_token_id, stop_strings, suppress_tokens for the
+                               decoder; anything that the backbone's generate takes without it
     shuffle_dataset            whether prompts come in random order
     """
 
@@ -66,6 +72,8 @@ class LatentGRPOConfig(TrainingArguments):
     dynamic_sampling: bool | None = None
     max_resample_rounds: int = 3
     replay_dtype: str | None = None
+    use_decoder: bool = True
+    decoder_slots: int | None = None
     generation_kwargs: dict[str, Any] | None = None
     shuffle_dataset: bool = True
 
@@ -76,6 +84,7 @@ class LatentGRPOConfig(TrainingArguments):
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check_sizes()
+        self._check_decoding()
         # Build what the names stand for once, so that a wrong one fails here and not in a rollout.
         self.clip_range()
         self.reward_scale()
@@ -103,6 +112,19 @@ class LatentGRPOConfig(TrainingArguments):
                 "LatentGRPOConfig: per_device_train_batch_size * steps_per_generation "
                 f"({self.generation_batch_size}) must be a multiple of num_generations "
                 f"({self.num_generations}), so that a group stays on one process"
+            )
+
+    def _check_decoding(self) -> None:
+        if self.decoder_slots is not None and self.decoder_slots < 1:
+            raise ValueError(
+                f"LatentGRPOConfig: decoder_slots must be >= 1 or None, got {self.decoder_slots}"
+            )
+        unknown = sorted(set(self.generation_kwargs or {}) - set(DECODER_OPTIONS))
+        if self.use_decoder and unknown:
+            raise ValueError(
+                f"LatentGRPOConfig: the decoder takes generation_kwargs "
+                f"{', '.join(DECODER_OPTIONS)}, got {', '.join(unknown)}; "
+                "use_decoder=False passes any to the backbone's generate"
             )
 
     @property

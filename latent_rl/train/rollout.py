@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from latent_rl.models import Trace
+from latent_rl.decode import Decoder
+from latent_rl.models import LatentGeneration, Trace
 from latent_rl.rewards.protocol import RewardFunction, RewardTable, score_all
 from latent_rl.train.advantages import RewardScale, group_advantages
 from latent_rl.train.replay import join_traces
@@ -139,6 +140,7 @@ class RolloutWorker:
         self.reward_funcs = list(reward_funcs)
         self.processing_class = processing_class
         self.renderer = renderer
+        self._decoder: Decoder | None = None
 
     @torch.no_grad()
     def run(
@@ -155,26 +157,12 @@ class RolloutWorker:
         columns: extra keyword arguments for the reward functions, the same for every row
         (`trainer_state`). `seconds` is the time of generation alone.
         """
-        args = self.args
-        inputs = self._render(rows, model.device)
-        started = time.perf_counter()
-        generation = model.generate(
-            inputs,
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p or 0.0,
-            seed=seeds,
-            do_sample_tokens=args.do_sample_tokens,
-            return_hidden=return_hidden,
-            generation_kwargs=args.generation_kwargs,
-        )
+        generate = self._decode if self.args.use_decoder else self._generate
+        generation, seconds = generate(model, rows, seeds, return_hidden)
         mask = generation.completion_mask
         ids = [
             row[keep].tolist() for row, keep in zip(generation.completion_ids, mask, strict=True)
         ]
-        seconds = time.perf_counter() - started
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         table = self._score(rows, texts, ids, columns)
         device = mask.device
@@ -201,6 +189,53 @@ class RolloutWorker:
             errors=table.errors,
             seconds=seconds,
         )
+
+    def _decode(
+        self, model: LatentActionModel, rows: list[Row], seeds: Tensor, return_hidden: bool
+    ) -> tuple[LatentGeneration, float]:
+        """Completions by the decoding engine, which reads a group's prompt once; and seconds."""
+        args = self.args
+        if self._decoder is None or self._decoder.model is not model:
+            self._decoder = Decoder(model, tokenizer=self.processing_class)
+        self._decoder.slots = args.decoder_slots or len(rows)
+        group = _group_size(rows)
+        inputs = self._render(rows[::group], model.device)
+        started = time.perf_counter()
+        out = self._decoder.generate(
+            inputs,
+            max_new_tokens=args.max_completion_length,
+            num_generations=group,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p or 0.0,
+            seed=seeds,
+            do_sample_tokens=args.do_sample_tokens,
+            return_hidden=return_hidden,
+            **(args.generation_kwargs or {}),
+        )
+        return out.generation, time.perf_counter() - started
+
+    def _generate(
+        self, model: LatentActionModel, rows: list[Row], seeds: Tensor, return_hidden: bool
+    ) -> tuple[LatentGeneration, float]:
+        """Completions by the model's own generate; and seconds."""
+        args = self.args
+        inputs = self._render(rows, model.device)
+        started = time.perf_counter()
+        out = model.generate(
+            inputs,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p or 0.0,
+            seed=seeds,
+            do_sample_tokens=args.do_sample_tokens,
+            return_hidden=return_hidden,
+            generation_kwargs=args.generation_kwargs,
+        )
+        return out, time.perf_counter() - started
 
     def _render(self, rows: list[Row], device: torch.device) -> dict[str, Tensor]:
         prepared = []
@@ -239,6 +274,13 @@ class RolloutWorker:
             weights=self.args.reward_weights,
             extra=extra,
         )
+
+
+def _group_size(rows: list[Row]) -> int:
+    """How many times each prompt is repeated, when all are equally often and in a row; else 1."""
+    starts = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
+    group = len(rows) // len(starts)
+    return group if starts == list(range(0, len(rows), group)) else 1
 
 
 def _end_ids(model: LatentActionModel) -> list[int]:

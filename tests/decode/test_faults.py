@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from latent_rl.decode import DecodeError, Decoder, DecodePlan
+from latent_rl.decode import DecodeError, DecodePlan, Decoder
 from latent_rl.decode.prompts import join_prompts, split_prompts
 from tests.models.conftest import Case, build
 from tests.tiny_models import ARCHITECTURES, render, tiny_image

@@ -69,5 +69,14 @@ def test_names_are_trl_s():
     trl = pytest.importorskip("trl", reason="TRL's config is the oracle of this test")
     theirs = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
     ours = {field.name for field in dataclasses.fields(LatentGRPOConfig)}
-    extra = {"do_sample_tokens", "dynamic_sampling", "max_resample_rounds", "replay_dtype"}
+    extra = {"do_sample_tokens", "dynamic_sampling", "max_resample_rounds", "replay_dtype", "use_decoder", "decoder_slots"}
     assert ours - theirs == extra
+
+
+def test_what_the_decoder_cannot_take_is_refused_by_name(tmp_path) -> None:
+    given = {"output_dir": str(tmp_path), "generation_kwargs": {"repetition_penalty": 1.1}}
+    with pytest.raises(ValueError, match=r"got repetition_penalty; use_decoder=False"):
+        LatentGRPOConfig(**given)
+    assert LatentGRPOConfig(**given, use_decoder=False).generation_kwargs
+    with pytest.raises(ValueError, match="decoder_slots must be >= 1 or None, got 0"):
+        LatentGRPOConfig(output_dir=str(tmp_path), decoder_slots=0)
