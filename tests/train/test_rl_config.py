@@ -69,7 +69,14 @@ def test_names_are_trl_s():
     trl = pytest.importorskip("trl", reason="TRL's config is the oracle of this test")
     theirs = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
     ours = {field.name for field in dataclasses.fields(LatentGRPOConfig)}
-    extra = {"do_sample_tokens", "dynamic_sampling", "max_resample_rounds", "replay_dtype", "use_decoder", "decoder_slots"}
+    extra = {
+        "do_sample_tokens",
+        "dynamic_sampling",
+        "max_resample_rounds",
+        "replay_dtype",
+        "use_decoder",
+        "decoder_slots",
+    }
     assert ours - theirs == extra
 
 
