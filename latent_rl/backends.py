@@ -179,7 +179,11 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         _native("code_logprobs"),
         _reference("code_logprobs"),
     ),
-    "slot_attention": (_native("slot_attention"), _reference("slot_attention")),
+    "slot_attention": (
+        _triton("slot_attention"),
+        _native("slot_attention"),
+        _reference("slot_attention"),
+    ),
 }
 
 OPS = tuple(_TABLE)

@@ -1,0 +1,216 @@
+"""Triton backend of slot_attention: one program per row, key head and stretch of positions.
+
+Stretches are cut at fixed positions, whatever the batch and the longest row, and joined in order:
+a row's result depends on its own slot alone, bit for bit. Programs whose stretch a row does not
+reach leave at once, so the cost follows the positions that are really there.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Positions of a stretch and of one turn of its loop, with warps and pipeline stages."""
+
+    stretch: int
+    block_l: int
+    num_warps: int
+    num_stages: int
+
+
+# A dtype has one stretch: another would join in another order, and bits would depend on the shape.
+CONFIGS = {
+    torch.float32: Config(256, 32, 4, 2),
+    torch.bfloat16: Config(256, 64, 4, 3),
+    torch.float16: Config(256, 64, 4, 3),
+}
+# The matrix units take no fewer rows.
+LEAST_QUERIES = 16
+
+
+@triton.jit
+def _slot_attention_stretch_kernel(
+    query_ptr,  # [N, Hq, D]
+    keys_ptr,  # [N, L, Hk, D], strides below
+    values_ptr,  # [N, L, Hk, E]
+    begins_ptr,  # int64 [N]
+    ends_ptr,  # int64 [N]
+    top_ptr,  # float32 [N, Hq, S], the largest score; -inf where nothing is visible
+    mass_ptr,  # float32 [N, Hq, S], sum of exp(score - top)
+    sum_ptr,  # float32 [N, Hq, S, E], the same times values
+    scale,
+    length,
+    key_row,
+    key_position,
+    key_head,
+    value_row,
+    value_position,
+    value_head,
+    stretches,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    stretch = tl.program_id(2)
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    first_query = (row * tl.num_programs(1) + head) * GROUP
+    out = (first_query + g) * stretches + stretch
+
+    start = stretch * STRETCH
+    begin = tl.maximum(tl.load(begins_ptr + row), start)
+    end = tl.minimum(tl.minimum(tl.load(ends_ptr + row), length), start + STRETCH)
+    top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_G,), tl.float32)
+    total = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
+    if begin < end:
+        query = tl.load(
+            query_ptr + (first_query + g)[:, None] * D + d[None, :],
+            mask=(g < GROUP)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        key_base = keys_ptr + row * key_row + head * key_head
+        value_base = values_ptr + row * value_row + head * value_head
+        for offset in range(0, STRETCH, BLOCK_L):
+            at = start + offset + tl.arange(0, BLOCK_L).to(tl.int64)
+            seen = (at >= begin) & (at < end)
+            key = tl.load(
+                key_base + at[None, :] * key_position + d[:, None],
+                mask=seen[None, :] & (d < D)[:, None],
+                other=0.0,
+            )
+            score = tl.dot(query, key, input_precision="ieee") * scale
+            score = tl.where(seen[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            # Before anything is visible both are -inf, whose difference is NaN.
+            safe_top = tl.where(new_top > float("-inf"), new_top, 0.0)
+            weight = tl.exp(score - safe_top[:, None])
+            shrink = tl.exp(top - safe_top)
+            value = tl.load(
+                value_base + at[:, None] * value_position + e[None, :],
+                mask=seen[:, None] & (e < E)[None, :],
+                other=0.0,
+            )
+            mass = mass * shrink + tl.sum(weight, 1)
+            total = total * shrink[:, None]
+            total = tl.dot(weight.to(value.dtype), value, total, input_precision="ieee")
+            top = new_top
+        tl.store(
+            sum_ptr + out[:, None] * E + e[None, :],
+            total,
+            mask=(g < GROUP)[:, None] & (e < E)[None, :],
+        )
+    tl.store(top_ptr + out, top, mask=g < GROUP)
+    tl.store(mass_ptr + out, mass, mask=g < GROUP)
+
+
+@triton.jit
+def _slot_attention_join_kernel(
+    top_ptr,  # float32 [N, Hq, S]
+    mass_ptr,  # float32 [N, Hq, S]
+    sum_ptr,  # float32 [N, Hq, S, E], undefined where the mass is 0
+    out_ptr,  # [N, Hq, E]
+    stretches,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STRETCHES: tl.constexpr,
+):
+    query = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    top = tl.full((), float("-inf"), tl.float32)
+    mass = tl.full((), 0.0, tl.float32)
+    total = tl.zeros((BLOCK_E,), tl.float32)
+    for stretch in range(STRETCHES):
+        at = query * stretches + stretch
+        here = tl.load(top_ptr + at)
+        if here > float("-inf"):
+            new_top = tl.maximum(top, here)
+            shrink = tl.exp(top - new_top)
+            grow = tl.exp(here - new_top)
+            part = tl.load(sum_ptr + at * E + e, mask=e < E, other=0.0)
+            mass = mass * shrink + tl.load(mass_ptr + at) * grow
+            total = total * shrink + part * grow
+            top = new_top
+    mean = tl.where(mass > 0.0, total / tl.where(mass > 0.0, mass, 1.0), 0.0)
+    tl.store(out_ptr + query * E + e, mean.to(out_ptr.dtype.element_ty), mask=e < E)
+
+
+def slot_attention(
+    query: Tensor, keys: Tensor, values: Tensor, begins: Tensor, ends: Tensor, scale: float
+) -> Tensor:
+    """Contract and arguments as the reference, without float64; no host synchronisation."""
+    dtype = query.dtype
+    if INTERPRETED and dtype == torch.bfloat16:
+        # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
+        query, keys, values = query.float(), keys.float(), values.float()
+    query, keys, values = query.contiguous(), _heads(keys), _heads(values)
+    rows, heads, dim = query.shape
+    length, key_heads, width = keys.shape[1], keys.shape[2], values.shape[3]
+    out = torch.empty(rows, heads, width, dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out.to(dtype)
+    config = CONFIGS[query.dtype]
+    stretches = triton.cdiv(length, config.stretch)
+    parts = (rows, heads, stretches)
+    top = torch.empty(parts, dtype=torch.float32, device=query.device)
+    mass, sums = torch.empty_like(top), top.new_empty(*parts, width)
+    _slot_attention_stretch_kernel[(rows, key_heads, stretches)](
+        query,
+        keys,
+        values,
+        begins.contiguous(),
+        ends.contiguous(),
+        top,
+        mass,
+        sums,
+        scale,
+        length,
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        stretches,
+        GROUP=heads // key_heads,
+        D=dim,
+        E=width,
+        BLOCK_G=max(LEAST_QUERIES, triton.next_power_of_2(heads // key_heads)),
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_E=max(16, triton.next_power_of_2(width)),
+        BLOCK_L=config.block_l,
+        STRETCH=config.stretch,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    _slot_attention_join_kernel[(rows * heads,)](
+        top,
+        mass,
+        sums,
+        out,
+        stretches,
+        E=width,
+        BLOCK_E=max(16, triton.next_power_of_2(width)),
+        STRETCHES=stretches,
+        num_warps=1,
+    )
+    return out.to(dtype)
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    """The tensor itself when a head's numbers are contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
