@@ -1,4 +1,4 @@
-"""slot_attention in Triton without a GPU: in the interpreter, and compiled for three generations."""
+"""slot_attention in Triton without a GPU: interpreted, and compiled for three generations."""
 
 import os
 import subprocess
