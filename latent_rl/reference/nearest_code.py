@@ -32,9 +32,9 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
         smallest = torch.finfo(torch.float64).tiny
         unit_rows = torch.nn.functional.normalize(rows, dim=-1, eps=smallest)
         unit_codes = torch.nn.functional.normalize(codes, dim=-1, eps=smallest)
-        distance = 1 - unit_rows @ unit_codes.transpose(1, 2)
+        distance = 1 - _products(unit_rows, unit_codes)
     else:
-        distance = -(rows @ codes.transpose(1, 2))
+        distance = -_products(rows, codes)
     usable = codebook.isfinite().all(-1)
     distance = distance.masked_fill(~usable[:, None], torch.inf)
     best = distance.argmin(-1)
@@ -45,3 +45,16 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
         torch.where(valid, best, -1),
         torch.where(valid, nearest, torch.nan).to(accumulator),
     )
+
+
+def _products(rows: Tensor, codes: Tensor) -> Tensor:
+    """Products [G, N, K], each summed by itself: equal codes have equal products.
+
+    A matrix product may sum its columns in different orders, and then a duplicate of the nearest
+    code could win by a rounding.
+    """
+    at_once = max(1, 2**24 // max(1, codes[0].numel()))
+    parts = [
+        (part[:, :, None] * codes[:, None]).sum(-1) for part in torch.split(rows, at_once, dim=1)
+    ]
+    return torch.cat(parts, 1)

@@ -44,6 +44,7 @@ x = torch.randn(6, 4, requires_grad=True)
 codebook = torch.randn(5, 4, requires_grad=True)
 logits = torch.randn(6, 5, requires_grad=True)
 codes = torch.tensor([0, 1, 2, 3, 4, 0])
+cached = torch.randn(2, 5, 2, 8)
 weights = [torch.randn(3, 8, requires_grad=True) for _ in range(2)]
 weights.append(torch.randn(4, 3, requires_grad=True))
 
@@ -54,6 +55,9 @@ calls = {
     "gated_merge": lambda: gradients(ops.gated_merge(x, codes, codebook, *weights)),
     "sample_codes": lambda: ops.sample_codes(logits, seed=0),
     "code_logprobs": lambda: gradients(*ops.code_logprobs(logits, codes)),
+    "slot_attention": lambda: ops.slot_attention(
+        torch.randn(2, 4, 8), cached, cached, torch.tensor([0, 1]), torch.tensor([3, 5])
+    ),
 }
 found = {"calls": {name: logged(call) for name, call in calls.items()}}
 
@@ -90,7 +94,7 @@ def found() -> dict:
 def test_an_op_pushes_its_name_and_pops_it(op: str, found: dict) -> None:
     ranges = found["calls"][op]
     assert all(name.startswith(f"latent_rl::{op}") for name in ranges["pushed"])
-    differentiable = op not in ("nearest_code", "sample_codes")
+    differentiable = op not in ("nearest_code", "sample_codes", "slot_attention")
     assert any(name.endswith("_backward") for name in ranges["pushed"]) == differentiable
     assert not ranges["pushed"][0].endswith("_backward")
     assert ranges["left_open"] == []
