@@ -18,7 +18,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(NATIVE) $(VENV)/
 
 EMULATOR := $(shell find tests/emulator -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
-.PHONY: FORCE help setup demo test check-style types lint unit demo-test gpu-test bench clean
+.PHONY: FORCE help setup demo test check-style types lint unit demo-test gpu-test mutate bench clean
 
 help:
 	@echo "make demo      set up and run the whole method on real images, with a table and a report"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench     time the ops against their peers (BENCH_ARGS=...)"
 	@echo "make lint      style and types"
 	@echo "make gpu-test  the tests that need a CUDA device"
+	@echo "make mutate    break every kernel in one place and see a test turn red (MUTATE=word)"
 	@echo "make setup     the development environment in $(VENV)"
 	@echo "make clean     remove builds, caches and $(VENV)"
 
@@ -86,6 +87,9 @@ gpu-test: $(VENV)/dev.stamp
 $(VENV)/bench.stamp: $(VENV)/dev.stamp
 	$(PIP) install -q -c constraints.txt -e '.[bench]'
 	@touch $@
+
+mutate: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.mutation $(MUTATE)
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/latent-rl bench $(BENCH_ARGS)

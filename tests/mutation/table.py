@@ -4,7 +4,7 @@ from tests.mutation.runner import Mutation
 
 _OPS, _NATIVE, _EMULATED = "tests/ops/test_", "tests/native/test_", "tests/emulator/test_"
 # Kernels on the CPU are built again for each of these; the interpreter and the emulator need none.
-_FAST = ("-m", "not slow")
+_FAST = ("-mnot slow",)
 
 MUTATIONS = (
     Mutation(
@@ -78,10 +78,10 @@ MUTATIONS = (
         (f"{_EMULATED}sample_codes_emulated.py",),
     ),
     Mutation(
-        "segments cuda: a row whose code is K counts",
+        "segments cuda: rows without a code count for code 0",
         "kernels/segments/cuda_impl.cu",
-        "code >= 0 && code < sort.num_codes ?",
-        "code >= 0 && code <= sort.num_codes ?",
+        "code < sort.num_codes ? code : sort.num_codes);",
+        "code < sort.num_codes ? code : 0);",
         (f"{_EMULATED}segments_emulated.py",),
     ),
     Mutation(
@@ -97,5 +97,40 @@ MUTATIONS = (
         "g[j] = soft[j] * (g[j] - soft_mean) / args.tau +",
         "g[j] = soft[j] * (g[j] - soft_mean) +",
         (f"{_EMULATED}gumbel_quantize_emulated.py",),
+    ),
+    Mutation(
+        "nearest_code triton: candidates are those of the best score alone",
+        "kernels/nearest_code/screen.py",
+        "threshold = best - 2.0 * error",
+        "threshold = best + 0.0 * error",
+        (f"{_OPS}nearest_code.py::test_triton_in_the_interpreter",),
+    ),
+    Mutation(
+        "nearest_code triton: every row counts as decided",
+        "kernels/nearest_code/screen.py",
+        "(best - second > 2.0 * error)",
+        "(best - second > -1.0)",
+        (f"{_OPS}nearest_code.py::test_triton_in_the_interpreter",),
+    ),
+    Mutation(
+        "gated_merge cuda: the slope of silu",
+        "kernels/gated_merge/cuda_impl.cu",
+        "s * (1.0f + gate[w] * (1.0f - s));",
+        "s * (1.0f + gate[w] * (1.0f + s));",
+        (f"{_EMULATED}gated_merge_emulated.py",),
+    ),
+    Mutation(
+        "code_logprobs cuda: the KL's gradient loses its mean",
+        "kernels/code_logprobs/cuda_impl.cu",
+        "to_float(refs.at.at[w])) - row.kl);",
+        "to_float(refs.at.at[w])));",
+        (f"{_EMULATED}code_logprobs_emulated.py",),
+    ),
+    Mutation(
+        "gated_merge triton: both products take the gate's weights",
+        "kernels/gated_merge/triton_impl.py",
+        "up = tl.dot(e, w_up, up,",
+        "up = tl.dot(e, w_gate, up,",
+        (f"{_OPS}gated_merge_triton.py::test_in_the_interpreter",),
     ),
 )
