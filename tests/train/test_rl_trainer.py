@@ -324,3 +324,37 @@ def test_errors(tmp_path):
     )
     with pytest.raises(ValueError, match="a rollout needs 4 prompts, the dataset has 3"):
         small.train()
+
+
+def test_the_decoder_rolls_out_what_generate_does(tmp_path):
+    rollouts = []
+    for use_decoder in (True, False):
+        trainer, model = make(tmp_path / str(use_decoder), use_decoder=use_decoder)
+        rows = [row for row in prompts(3) for _ in range(4)]
+        seeds = ops.row_seeds(5, 12)
+        rollouts.append(trainer.worker.run(model, rows, seeds, columns={}))
+    engine, plain = rollouts
+    assert torch.equal(engine.codes, plain.codes)
+    assert torch.equal(engine.completion_mask, plain.completion_mask)
+    assert engine.texts == plain.texts
+    assert torch.equal(engine.terminated, plain.terminated)
+    torch.testing.assert_close(engine.logprobs, plain.logprobs, rtol=0, atol=1e-5)
+    keep = plain.trace.keep_mask
+    assert torch.equal(engine.trace.keep_mask, keep)
+    torch.testing.assert_close(
+        engine.trace.hidden[keep], plain.trace.hidden[keep], rtol=0, atol=1e-5
+    )
+
+
+def test_a_prompt_s_rows_share_one_prefill(tmp_path):
+    trainer, model = make(tmp_path, decoder_slots=3)
+    lengths = []
+    handle = model.decoder.register_forward_hook(
+        lambda module, args, kwargs, out: lengths.append(out.last_hidden_state.shape[:2]),
+        with_kwargs=True,
+    )
+    rows = [row for row in prompts(2) for _ in range(4)]
+    trainer.worker.run(model, rows, ops.row_seeds(1, 8), columns={})
+    handle.remove()
+    assert sum(batch for batch, length in lengths if length > 1) == 2
+    assert max(batch for batch, length in lengths if length == 1) == 3
