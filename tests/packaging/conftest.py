@@ -33,7 +33,7 @@ def run(command: list[str], *, cwd: Path, env: dict[str, str] | None = None) -> 
 def source_copy(to: Path) -> Path:
     """The tree without what builds and runs leave in it, so that a build cannot use any of that."""
     ignored = shutil.ignore_patterns(
-        ".git", "build", "dist", "__pycache__", ".*_cache", "*.so", ".venv", "venv", "runs", "outputs"
+        ".git", "build", "dist", "__pycache__", ".*_cache", "*.so", ".venv", "venv", "runs"
     )
     shutil.copytree(ROOT, to, ignore=ignored)
     return to
