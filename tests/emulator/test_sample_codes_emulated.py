@@ -52,6 +52,14 @@ def test_every_dtype(check, dtype) -> None:
     check((2 * torch.randn(4, 50)).to(dtype), top_k=20, top_p=0.9)
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 34])
+def test_ties_at_the_boundary_keep_the_lowest_ids(check, top_k) -> None:
+    logits = torch.zeros(8, 40)
+    logits[4:, 5:] = -1.0
+    codes = check(logits, top_k=top_k)[0]
+    assert codes.max() < top_k
+
+
 def test_rows_without_a_distribution_and_masked_codes(check) -> None:
     logits = torch.randn(6, 40)
     logits[1, 3], logits[2, 0], logits[3], logits[4, 1:] = (
