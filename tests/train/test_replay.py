@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -109,3 +111,19 @@ def test_prepared_masks_cannot_be_joined():
     )
     with pytest.raises(ValueError, match="dynamic_sampling=False"):
         join_traces([trace, trace], [1, 1], [2, 2])
+
+
+def test_a_replay_survives_its_state(world):
+    model, processor = world
+    replay = replay_of(model, rollout(model, processor, prompts(6), 5))
+    tensors, meta = replay.state()
+    assert all(value.is_contiguous() for value in tensors.values())
+    back = Replay.from_state(tensors, json.loads(json.dumps(meta)), model)
+    assert torch.equal(scores(model, back), scores(model, replay))
+    assert back.seeds.tolist() == replay.seeds.tolist()
+    assert back.ref_logits is None
+    with pytest.raises(ValueError, match="format must be 1, got 7"):
+        Replay.from_state(tensors, {**meta, "format": 7}, model)
+    tensors.pop("codes")
+    with pytest.raises(ValueError, match="codes"):
+        Replay.from_state(tensors, meta, model)

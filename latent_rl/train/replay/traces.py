@@ -1,11 +1,8 @@
-"""Hidden-state replay: everything an update needs of a rollout, without the vision-language
-model."""
+"""Traces of rollouts on their way into a replay."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,65 +12,8 @@ from latent_rl.models import Trace
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
-    from latent_rl.nn import LatentPolicy
 
-__all__ = ["Replay", "action_logits", "join_traces"]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """B completions of at most T tokens as the updates see them.
-
-    The backbone is frozen under RL, so the states of the rollout are the input of every update:
-    policy and reference each run only their small tower on them.
-
-    trace         hidden [B, L, H] holds the policy's input states (projected where text-only)
-    first         position of the action that explains completion token 0 (prompt length - 1)
-    codes         [B, T] int64; -1 where there is no token
-    keep_mask     [B, T] bool; True where a token takes part in the loss
-    advantages    [B]
-    seeds         [B] int64 row seeds: `generate` with them repeats the rollout
-    old_logprobs  [B, T] under the policy that sampled, or None while no update has been made since
-    support       [B, T, K] bool, codes that could be drawn, or None without truncation
-    ref_logits    [B, T, K] of the reference policy, or None without a KL term
-    """
-
-    trace: Trace
-    first: int
-    codes: Tensor
-    keep_mask: Tensor
-    advantages: Tensor
-    seeds: Tensor
-    old_logprobs: Tensor | None = None
-    support: Tensor | None = None
-    ref_logits: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.codes.shape[0]
-
-    def select(self, rows: Tensor) -> Replay:
-        """Return the given rows (int64 [R])."""
-        return dataclasses.replace(
-            self,
-            trace=self.trace.select(rows),
-            codes=self.codes[rows],
-            keep_mask=self.keep_mask[rows],
-            advantages=self.advantages[rows],
-            seeds=self.seeds[rows],
-            old_logprobs=_rows_or_none(self.old_logprobs, rows),
-            support=_rows_or_none(self.support, rows),
-            ref_logits=_rows_or_none(self.ref_logits, rows),
-        )
-
-
-def _rows_or_none(value: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if value is None else value[rows]
-
-
-def action_logits(policy: LatentPolicy, replay: Replay) -> Tensor:
-    """Return the policy's logits [B, T, K] at the action positions of a replay."""
-    logits: Tensor = policy(replay.trace.hidden, replay.trace.tower_kwargs)
-    return logits[:, replay.first : replay.first + replay.codes.shape[1]]
+__all__ = ["join_traces", "replay_trace"]
 
 
 def replay_trace(model: LatentActionModel, trace: Trace, dtype: torch.dtype | None) -> Trace:
