@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -24,32 +24,13 @@ from latent_rl.train.checkpointing import (
     mark_complete,
     save_model,
 )
+from latent_rl.train.metric_averages import MetricAverages
+from latent_rl.train.stateful import StatefulParts
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
 
-__all__ = ["BaseTrainer", "MetricAverages"]
-
-
-class MetricAverages:
-    """Collects scalar metrics without reading them back, and averages them when asked."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor | float]] = defaultdict(list)
-
-    def add(self, metrics: dict[str, Tensor | float]) -> None:
-        """Record one value per name; tensors stay on their device until `flush`."""
-        for name, value in metrics.items():
-            self._values[name].append(value.detach() if isinstance(value, Tensor) else value)
-
-    def flush(self, prefix: str = "") -> dict[str, float]:
-        """Return the mean of every name (NaN entries left out) and forget the values."""
-        averages = {}
-        for name, values in self._values.items():
-            numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
-            averages[prefix + name] = float(numbers.nanmean())
-        self._values.clear()
-        return averages
+__all__ = ["BaseTrainer"]
 
 
 class EpochSampler(Protocol):
@@ -74,19 +55,57 @@ class _EpochCallback(TrainerCallback):
             self.trainer.epoch_sampler.set_epoch(int(state.epoch or 0))
 
 
+class _LossWindow(TrainerCallback):
+    """A stateful part: the loss summed up since the last log entry, which the Trainer starts at 0
+    when it resumes."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self.trainer = trainer
+        self._resumed: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "tr_loss": self.trainer._tr_loss,
+            "total_loss": self.trainer._total_loss_scalar,
+            "last_logged": self.trainer._globalstep_last_logged,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        self._resumed = state_dict
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The Trainer sets these just before, so they cannot be restored with the rest.
+        if self._resumed is not None:
+            self.trainer._tr_loss = self._resumed["tr_loss"].to(args.device)
+            self.trainer._total_loss_scalar = float(self._resumed["total_loss"])
+            self.trainer._globalstep_last_logged = int(self._resumed["last_logged"])
+            self._resumed = None
+
+
 class BaseTrainer(Trainer):
     """A transformers Trainer of a LatentActionModel.
 
-    Checkpoints hold the latent modules (and tuned backbone layers), optimiser, schedule and random
-    states; they are marked complete when whole, and only complete ones are resumed from.
+    Checkpoints hold the latent modules (and tuned backbone layers), optimiser, schedule, random
+    states and every part of `stateful`; they are marked complete when whole, and only complete ones
+    are resumed from.
     """
 
     def __init__(self, model: LatentActionModel, **arguments: Any) -> None:
         self.averages = MetricAverages()
         self.eval_averages = MetricAverages()
         self.epoch_sampler: EpochSampler | None = None
+        self._tr_loss = torch.zeros(())
+        self._total_loss_scalar = 0.0
+        self._globalstep_last_logged = 0
+        self.stateful = StatefulParts()
         super().__init__(model=model, **arguments)
         self.add_callback(_EpochCallback(self))
+        loss_window = _LossWindow(self)
+        self.add_callback(loss_window)
+        self.stateful.add("averages", self.averages, per_rank=True)
+        self.stateful.add("loss_window", loss_window, per_rank=True)
         # Our losses are means over a micro-batch; the Trainer divides them by the accumulation
         # steps.
         self.model_accepts_loss_kwargs = False
@@ -158,14 +177,14 @@ class BaseTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        if not self.args.save_only_model:
+            self.stateful.save(
+                directory, rank=self.args.process_index, world_size=self.args.world_size
+            )
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._save_extra(directory)
             mark_complete(directory, {"format": 1, "global_step": self.state.global_step})
             self._rotate(run_dir)
-
-    def _save_extra(self, directory: Path) -> None:
-        """Write what a subclass keeps beside the model; runs before the checkpoint is marked."""
 
     def _rotate(self, run_dir: Path) -> None:
         from transformers.trainer_utils import rotate_checkpoints
@@ -180,7 +199,9 @@ class BaseTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_model(self.latent_model, Path(resume_from_checkpoint))
+        directory = Path(resume_from_checkpoint)
+        load_model(self.latent_model, directory)
+        self.stateful.load(directory, rank=self.args.process_index, world_size=self.args.world_size)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:

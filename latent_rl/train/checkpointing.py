@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from latent_rl.models import load_into
+from latent_rl.train.checkpoint_files import read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
@@ -26,10 +22,7 @@ __all__ = [
     "latest_checkpoint",
     "load_model",
     "mark_complete",
-    "read_tensors",
     "save_model",
-    "write_json",
-    "write_tensors",
 ]
 
 COMPLETE_MARK = "checkpoint_complete.json"
@@ -37,38 +30,6 @@ COMPLETE_MARK = "checkpoint_complete.json"
 
 TUNED_BACKBONE = "tuned_backbone.safetensors"
 PREFIX = "checkpoint-"
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call write(temporary path), flush it to disk and rename it to `path`."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(aside)
-        with aside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically."""
-    text = json.dumps(content, indent=2, sort_keys=True)
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors atomically."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda aside: save_file(contiguous, aside))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read safetensors. Raises ValueError naming the file if it is missing or corrupt."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read checkpoint file {path}: {error}") from error
 
 
 def save_model(model: LatentActionModel, directory: Path) -> None:

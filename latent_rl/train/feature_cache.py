@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from latent_rl.models import Trace
-from latent_rl.train.checkpointing import read_tensors, write_json, write_tensors
+from latent_rl.train.checkpoint_files import read_tensors, write_json, write_tensors
 from latent_rl.train.features import view_states
 from latent_rl.train.stages.base import Batch
 from latent_rl.train.token_loss import IGNORE_INDEX

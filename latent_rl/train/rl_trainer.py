@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,7 +18,6 @@ from latent_rl import ops
 from latent_rl.rewards.protocol import RewardFunction
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
-from latent_rl.train.checkpointing import read_tensors, write_json, write_tensors
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
 from latent_rl.train.losses import Normaliser, PolicyTerms
@@ -28,6 +25,7 @@ from latent_rl.train.replay import Replay, action_logits, replay_trace
 from latent_rl.train.rl_config import LatentGRPOConfig
 from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join_rollouts
 from latent_rl.train.rollout_metrics import rollout_metrics
+from latent_rl.train.rollout_state import RolloutState
 from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.sampling import mix_seed
 
@@ -39,8 +37,6 @@ __all__ = ["LatentGRPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "rl_state.json"
-REFERENCE_FILE = "reference_policy.safetensors"
 MAX_FAILED_ROLLOUTS = 3
 EVAL_STREAM, SHUFFLE_STREAM, RESAMPLE_STREAM = 1, 2, 3
 
@@ -105,6 +101,9 @@ class LatentGRPOTrainer(BaseTrainer):
         if args.beta:
             self.reference = copy.deepcopy(self.latent_model.latent.policy)
             self.reference.requires_grad_(False).eval()
+            # The reference is the policy the first run began with, whatever this one was given.
+            self.stateful.add("reference", self.reference)
+        self.stateful.add("rollout", RolloutState(self), per_rank=True)
 
     # Data: the loader yields row numbers, so that a rollout's rows are read once and not once per
     # completion and micro-batch.
@@ -386,28 +385,6 @@ class LatentGRPOTrainer(BaseTrainer):
         )
         self.eval_averages.add({**metrics, "rollout_seconds": rollout.seconds})
         return None, None, None
-
-    # Checkpoints.
-
-    def _save_extra(self, directory: Path) -> None:
-        write_json(directory / STATE_FILE, {"format": 1, "micro_step": self.micro_step})
-        if self.reference is not None:
-            write_tensors(directory / REFERENCE_FILE, self.reference.state_dict())
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        directory = Path(resume_from_checkpoint)
-        try:
-            state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-            self.micro_step = int(state["micro_step"])
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"cannot read {directory / STATE_FILE}: {error!r}") from error
-        self._replay = None
-        if self.reference is not None and (directory / REFERENCE_FILE).is_file():
-            # The reference is the policy the first run began with, whatever this one was given.
-            self.reference.load_state_dict(read_tensors(directory / REFERENCE_FILE))
 
 
 def _rows_of(groups: Tensor, group_size: int) -> Tensor:
