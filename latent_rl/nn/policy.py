@@ -34,12 +34,23 @@ class LatentPolicy(nn.Module):
             past_key_values: a transformers cache holding this tower's layers, or None.
             last_only: run the head on the last position only.
         """
+        hidden = self.features(state, tower_kwargs, past_key_values=past_key_values)
+        return self.logits(hidden[:, -1:] if last_only else hidden)
+
+    def features(
+        self, state: Tensor, tower_kwargs: Mapping[str, Any], *, past_key_values: Any | None = None
+    ) -> Tensor:
+        """State [B, L, H] -> the tower's normalised output [B, L, H], what the head reads."""
         out = self.tower(
             inputs_embeds=state.to(self.head.weight.dtype),
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             **tower_kwargs,
         )
-        hidden = out.last_hidden_state
-        logits: Tensor = self.head(hidden[:, -1:] if last_only else hidden)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [..., H] -> float32 logits [..., K]."""
+        logits: Tensor = self.head(features)
         return logits.float()

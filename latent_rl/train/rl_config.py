@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 
 from latent_rl.train.advantages import RewardScale, reward_scale
-from latent_rl.train.losses import Algorithm, ClipRange, algorithm
+from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings
+from latent_rl.train.losses import Algorithm, ClipRange, LossSettings, algorithm, ratio_level
 from latent_rl.train.sampling import SampledDistribution
 
 __all__ = ["DECODER_OPTIONS", "LatentGRPOConfig"]
@@ -29,8 +30,12 @@ class LatentGRPOConfig(TrainingArguments):
     num_iterations             passes over a rollout
     loss_type                  "grpo", "dr_grpo", "dapo" or "bnpo"
     beta                       weight of the exact KL to the initial policy (paper: 0.01)
-    epsilon, epsilon_high      clip range; epsilon_high None takes the algorithm's default (dapo
-                               0.28, others epsilon)
+    epsilon, epsilon_high      clip range; None takes the algorithm's default (0.2; epsilon_high:
+                               dapo 0.28, others epsilon)
+    delta                      bound of the ratio where clipping leaves it alone (two-sided
+                               clipping), above 1 + epsilon_high; None is no bound
+    importance_sampling_level  "token" or "sequence", what a ratio belongs to; None takes the
+                               algorithm's default ("token")
     scale_rewards              "group" (or True), "batch", "none" (or False); None takes the
                                algorithm's default (dr_grpo "none", others "group")
     temperature .. min_p       distribution of the codes, which is also the one that is scored
@@ -59,8 +64,10 @@ class LatentGRPOConfig(TrainingArguments):
     num_iterations: int = 1
     loss_type: str = "grpo"
     beta: float = 0.01
-    epsilon: float = 0.2
+    epsilon: float | None = None
     epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: str | None = None
     scale_rewards: str | bool | None = None
     temperature: float = 1.0
     top_k: int = 0
@@ -86,8 +93,8 @@ class LatentGRPOConfig(TrainingArguments):
         self._check_sizes()
         self._check_decoding()
         # Build what the names stand for once, so that a wrong one fails here and not in a rollout.
-        self.clip_range()
-        self.reward_scale()
+        self.loss_settings()
+        self.estimator()
         self.distribution()
 
     def _check_sizes(self) -> None:
@@ -137,25 +144,50 @@ class LatentGRPOConfig(TrainingArguments):
         """Micro-batches one rollout serves."""
         return (self.steps_per_generation or 1) * self.num_iterations
 
+    @property
+    def policy_moves_within_rollout(self) -> bool:
+        """Whether an update between two uses of a rollout makes the current policy another than the
+        one that sampled."""
+        return self.gradient_accumulation_steps % self.micro_steps_per_rollout != 0
+
     def algorithm(self) -> Algorithm:
         """The algorithm `loss_type` names."""
         return algorithm(self.loss_type)
 
+    def loss_settings(self) -> LossSettings:
+        """The loss's settings with the algorithm's defaults filled in."""
+        return LossSettings(
+            clip=self.clip_range(),
+            beta=0.0 if self.puts_kl_in_reward() else self.beta,
+            ratio=ratio_level(
+                _chosen(
+                    self.importance_sampling_level,
+                    self.algorithm().defaults.importance_sampling_level,
+                )
+            ),
+        )
+
     def clip_range(self) -> ClipRange:
-        """The clip range with the algorithm's default filled in."""
-        high = self.epsilon_high
-        if high is None:
-            high = self.algorithm().epsilon_high
-        return ClipRange(self.epsilon, self.epsilon if high is None else high)
+        """The clip range with the algorithm's defaults filled in."""
+        defaults = self.algorithm().defaults
+        low = _chosen(self.epsilon, defaults.epsilon)
+        high = _chosen(self.epsilon_high, _chosen(defaults.epsilon_high, low))
+        return ClipRange(low, high, self.delta)
 
     def reward_scale(self) -> RewardScale:
         """The advantage scale with the algorithm's default filled in."""
-        chosen = self.scale_rewards
-        if chosen is None:
-            chosen = self.algorithm().reward_scale
-        if isinstance(chosen, bool):
-            chosen = "group" if chosen else "none"
-        return reward_scale(chosen)
+        given = self.scale_rewards
+        if isinstance(given, bool):
+            given = "group" if given else "none"
+        return reward_scale(_chosen(given, self.algorithm().defaults.scale_rewards))
+
+    def estimator(self) -> AdvantageEstimator:
+        """What makes advantages of a rollout."""
+        return self.algorithm().estimator(AdvantageSettings(scale=self.reward_scale()))
+
+    def puts_kl_in_reward(self) -> bool:
+        """Whether the KL penalty is part of the reward instead of the loss."""
+        return bool(self.beta) and self.algorithm().defaults.kl_in_reward
 
     def distribution(self) -> SampledDistribution:
         """The distribution codes are sampled from and scored under."""
@@ -163,7 +195,12 @@ class LatentGRPOConfig(TrainingArguments):
 
     def resample_rounds(self) -> int:
         """How often uninformative groups may be replaced; 0 without dynamic sampling."""
-        wanted = self.dynamic_sampling
-        if wanted is None:
-            wanted = self.algorithm().dynamic_sampling
+        wanted = _chosen(self.dynamic_sampling, self.algorithm().defaults.dynamic_sampling)
         return self.max_resample_rounds if wanted else 0
+
+
+_T = TypeVar("_T")
+
+
+def _chosen(given: _T | None, default: _T) -> _T:
+    return default if given is None else given

@@ -18,16 +18,18 @@ from latent_rl import ops
 from latent_rl.rewards.protocol import RewardFunction
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
+from latent_rl.train.estimators import ScoredRollout
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
-from latent_rl.train.losses import Normaliser, PolicyTerms
-from latent_rl.train.replay import Replay, action_logits, replay_trace
+from latent_rl.train.losses import Normaliser, PolicyLoss, PolicyTerms
+from latent_rl.train.replay import Replay, action_outputs, replay_trace
 from latent_rl.train.rl_config import LatentGRPOConfig
 from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join_rollouts
 from latent_rl.train.rollout_metrics import rollout_metrics
 from latent_rl.train.rollout_state import RolloutState
 from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.sampling import mix_seed
+from latent_rl.train.scoring import RolloutScores, Scorer, score_update
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
@@ -80,6 +82,7 @@ class LatentGRPOTrainer(BaseTrainer):
                 f"({len(functions)}), got {len(args.reward_weights)}"
             )
         freeze(model, [model.latent.policy])
+        self.value_head: nn.Module | None = None
         self.micro_step = 0
         self._replay: Replay | None = None
         self._normaliser: Normaliser | None = None
@@ -170,9 +173,6 @@ class LatentGRPOTrainer(BaseTrainer):
         set_training_modes(model, [])
         rollout = self._sample(model, numbers, rollout_number)
         self._watch_failures(rollout)
-        advantages = group_advantages(
-            rollout.rewards, args.num_generations, args.reward_scale(), rollout.keep_mask
-        )
         keep = rollout.completion_mask & rollout.keep_mask[:, None] & (rollout.codes >= 0)
         if args.mask_truncated_completions:
             keep = keep & rollout.terminated[:, None]
@@ -184,19 +184,67 @@ class LatentGRPOTrainer(BaseTrainer):
             first=rollout.prompt_length - 1,
             codes=rollout.codes,
             keep_mask=keep,
-            advantages=advantages.advantages.to(torch.float32),
+            advantages=torch.zeros_like(rollout.rewards),
             seeds=rollout.seeds,
         )
         self._normaliser = Normaliser(
             args.max_completion_length,
             self.accelerator.gather(keep.sum().float()).mean() / (args.steps_per_generation or 1),
         )
-        replay, gap = self._scored(model, replay, rollout.logprobs)
-        metrics = rollout_metrics(
-            rollout, advantages.group_std, model.latent_config.num_codes, self.accelerator.gather
+        scores = self._scorer()(replay)
+        self._record_rollout(rollout, scores.logprobs, keep)
+        estimate = args.estimator()(self._scored_rollout(rollout, keep, scores))
+        moves = args.policy_moves_within_rollout
+        return dataclasses.replace(
+            replay,
+            advantages=estimate.advantages.to(torch.float32),
+            # While the policy has not moved its own log-probabilities are the old ones, exactly.
+            old_logprobs=scores.logprobs if moves else None,
+            support=scores.support if moves else None,
+            ref_logits=scores.ref_logits,
+            old_values=scores.values,
+            returns=estimate.returns,
         )
-        self.averages.add({**metrics, **gap})
-        return replay
+
+    def _scorer(self) -> Scorer:
+        args = self.args
+        return Scorer(
+            policy=self.latent_model.latent.policy,
+            reference=self.reference,
+            value_head=self.value_head,
+            distribution=args.distribution(),
+            batch_size=args.per_device_train_batch_size,
+            autocast=self.accelerator.autocast,
+            needs_logprobs=args.policy_moves_within_rollout or args.puts_kl_in_reward(),
+        )
+
+    def _scored_rollout(
+        self, rollout: Rollout, keep: Tensor, scores: RolloutScores
+    ) -> ScoredRollout:
+        penalty = None
+        if self.args.puts_kl_in_reward() and scores.log_ratio is not None:
+            penalty = self.args.beta * scores.log_ratio
+        return ScoredRollout(
+            rewards=rollout.rewards,
+            keep_mask=rollout.keep_mask,
+            token_mask=keep,
+            group_size=self.args.num_generations,
+            penalty=penalty,
+            values=scores.values,
+            gather=self.accelerator.gather,
+        )
+
+    def _record_rollout(self, rollout: Rollout, scored: Tensor | None, keep: Tensor) -> None:
+        args = self.args
+        std = group_advantages(
+            rollout.rewards, args.num_generations, args.reward_scale(), rollout.keep_mask
+        ).group_std
+        codes = self.latent_model.latent_config.num_codes
+        metrics = rollout_metrics(rollout, std, codes, self.accelerator.gather)
+        if scored is not None:
+            difference = (scored - rollout.logprobs).abs()[keep]
+            metrics["sampling/sampling_logp_difference/mean"] = difference.mean()
+        self.averages.add(metrics)
 
     def _sample(
         self, model: LatentActionModel, numbers: Sequence[int], rollout_number: int
@@ -257,45 +305,6 @@ class LatentGRPOTrainer(BaseTrainer):
                 f"every reward of {MAX_FAILED_ROLLOUTS} rollouts in a row failed: {reasons}"
             )
 
-    @torch.no_grad()
-    def _scored(
-        self, model: LatentActionModel, replay: Replay, sampled: Tensor
-    ) -> tuple[Replay, dict[str, Tensor | float]]:
-        """Add what later updates compare with: old log-probabilities and support, if the policy
-        moves before the rollout is used up, and the reference's logits.
-
-        Also return the mean difference to the log-probabilities `sampled` [B, T] of the rollout.
-        """
-        args = self.args
-        # An update between two uses of the rollout makes "current" and "sampling" policy differ.
-        moves = args.gradient_accumulation_steps % args.micro_steps_per_rollout != 0
-        distribution = args.distribution()
-        old, support, reference = [], [], []
-        everything = torch.arange(len(replay), device=sampled.device)
-        for rows in torch.split(everything, args.per_device_train_batch_size):
-            part = replay.select(rows)
-            with self.accelerator.autocast():
-                if moves:
-                    logits = action_logits(model.latent.policy, part)
-                    kept = distribution.support(logits, part.codes)
-                    scaled = distribution.scaled_logits(logits, kept)
-                    old.append(ops.code_logprobs(scaled, part.codes).logprob)
-                    if kept is not None:
-                        support.append(kept)
-                if self.reference is not None:
-                    reference.append(action_logits(self.reference, part))
-        gap: dict[str, Tensor | float] = {}
-        if old:
-            difference = (torch.cat(old) - sampled).abs()[replay.keep_mask]
-            gap["sampling/sampling_logp_difference/mean"] = difference.mean()
-        scored = dataclasses.replace(
-            replay,
-            old_logprobs=torch.cat(old) if old else None,
-            support=torch.cat(support) if support else None,
-            ref_logits=torch.cat(reference) if reference else None,
-        )
-        return scored, gap
-
     # Update.
 
     def compute_loss(
@@ -311,48 +320,35 @@ class LatentGRPOTrainer(BaseTrainer):
         # activations needs train mode.
         set_training_modes(inner, [inner.latent.policy] if inner.is_gradient_checkpointing else [])
         policy = inner.latent.policy
+        head = self.value_head
         with self.accelerator.autocast():
-            logits = forward_through(model, inner, lambda: action_logits(policy, inputs))
-        distribution = args.distribution()
-        support = inputs.support
-        if inputs.old_logprobs is None:
-            support = distribution.support(logits, inputs.codes)
-        scaled = distribution.scaled_logits(logits, support)
-        scored = ops.code_logprobs(scaled, inputs.codes)
-        kl = None
-        if inputs.ref_logits is not None:
-            # The penalty is on the whole policy: what truncation hides must not drift either.
-            kl = ops.code_logprobs(logits, inputs.codes, inputs.ref_logits).kl
-        old = scored.logprob.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+            outputs = forward_through(model, inner, lambda: action_outputs(policy, inputs, head))
+        terms, entropy = score_update(outputs, inputs, args.distribution())
         if self._normaliser is None:
             raise RuntimeError("LatentGRPOTrainer: compute_loss before the first rollout")
         result = args.algorithm().loss(
-            PolicyTerms(scored.logprob, old, inputs.advantages, inputs.keep_mask, kl),
-            clip=args.clip_range(),
-            beta=args.beta,
-            normaliser=self._normaliser,
+            terms, settings=args.loss_settings(), normaliser=self._normaliser
         )
-        self._record(inputs, result.low_clip, result.high_clip, scored.entropy, kl)
+        self._record(terms, result, entropy)
         return (result.loss, {}) if return_outputs else result.loss
 
     @torch.no_grad()
-    def _record(
-        self, inputs: Replay, low: Tensor, high: Tensor, entropy: Tensor, kl: Tensor | None
-    ) -> None:
-        count = inputs.keep_mask.sum().clamp(min=1)
+    def _record(self, terms: PolicyTerms, result: PolicyLoss, entropy: Tensor) -> None:
+        count = terms.keep_mask.sum().clamp(min=1)
 
         def mean(values: Tensor) -> Tensor:
-            return torch.where(inputs.keep_mask, values, 0.0).sum() / count
+            return torch.where(terms.keep_mask, values, 0.0).sum() / count
 
         metrics: dict[str, Tensor | float] = {
             "entropy": mean(entropy),
-            "clip_ratio": low + high,
-            "clip_ratio/low_mean": low,
-            "clip_ratio/high_mean": high,
-            "clip_ratio/region_mean": low + high,
+            "clip_ratio": result.low_clip + result.high_clip,
+            "clip_ratio/low_mean": result.low_clip,
+            "clip_ratio/high_mean": result.high_clip,
+            "clip_ratio/region_mean": result.low_clip + result.high_clip,
+            **result.metrics,
         }
-        if kl is not None:
-            metrics["kl"] = mean(kl)
+        if terms.kl is not None:
+            metrics["kl"] = mean(terms.kl)
         self.averages.add(metrics)
 
     # Evaluation.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from latent_rl.train.losses import (
     ALGORITHMS,
     ClipRange,
+    LossSettings,
     Normaliser,
     PolicyTerms,
     algorithm,
@@ -55,7 +56,7 @@ def random_terms(seed: int, lengths: list[int], shift: float = 0.5) -> PolicyTer
 def all_losses(terms: PolicyTerms, max_length: int) -> dict[str, torch.Tensor]:
     normaliser = Normaliser(max_length, terms.keep_mask.sum().float())
     return {
-        name: entry.loss(terms, clip=CLIP, beta=0.0, normaliser=normaliser).loss
+        name: entry.loss(terms, settings=LossSettings(CLIP), normaliser=normaliser).loss
         for name, entry in ALGORITHMS.items()
     }
 

@@ -58,6 +58,8 @@ def test_steps_per_generation_defaults_to_accumulation():
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"num_iterations": 0}, "num_iterations must be >= 1"),
         ({"epsilon": 2.0}, "low"),
+        ({"delta": 1.1}, r"delta must be > 1 \+ epsilon_high \(1\.2\), got 1\.1"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of"),
     ],
 )
 def test_wrong_values_fail_before_any_rollout(changes, message):

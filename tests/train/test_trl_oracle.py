@@ -8,7 +8,14 @@ from collections import defaultdict
 import pytest
 import torch
 
-from latent_rl.train.losses import ALGORITHMS, ClipRange, Normaliser, PolicyTerms
+from latent_rl.train.losses import (
+    ALGORITHMS,
+    ClipRange,
+    LossSettings,
+    Normaliser,
+    PolicyTerms,
+    ratio_level,
+)
 
 trl = pytest.importorskip("trl", reason="TRL is the oracle of this test and is not installed")
 
@@ -33,7 +40,11 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def theirs(
-    values: dict[str, torch.Tensor], loss_type: str, beta: float
+    values: dict[str, torch.Tensor],
+    loss_type: str,
+    beta: float,
+    level: str = "token",
+    delta: float | None = None,
 ) -> tuple[float, torch.Tensor]:
     logprobs = values["new"].clone().requires_grad_()
     accelerator = types.SimpleNamespace(
@@ -48,7 +59,7 @@ def theirs(
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         beta=beta,
         loss_type=loss_type,
         epsilon_low=0.2,
@@ -56,7 +67,7 @@ def theirs(
         use_vllm=False,
         model=types.SimpleNamespace(training=True),
         args=types.SimpleNamespace(
-            delta=None, use_bias_correction_kl=False, steps_per_generation=1
+            delta=delta, use_bias_correction_kl=False, steps_per_generation=1
         ),
         current_gradient_accumulation_steps=1,
         max_completion_length=MAX_LENGTH,
@@ -81,7 +92,11 @@ def theirs(
 
 
 def ours(
-    values: dict[str, torch.Tensor], loss_type: str, beta: float
+    values: dict[str, torch.Tensor],
+    loss_type: str,
+    beta: float,
+    level: str = "token",
+    delta: float | None = None,
 ) -> tuple[float, torch.Tensor]:
     logprobs = values["new"].clone().requires_grad_()
     # TRL estimates the KL from samples; ours gets the same estimate so that the rest compares.
@@ -94,11 +109,8 @@ def ours(
         difference.exp() - difference - 1 if beta else None,
     )
     normaliser = Normaliser(MAX_LENGTH, values["keep"].sum().float())
-    loss = (
-        ALGORITHMS[loss_type]
-        .loss(terms, clip=ClipRange(0.2, 0.28), beta=beta, normaliser=normaliser)
-        .loss
-    )
+    settings = LossSettings(ClipRange(0.2, 0.28, delta), beta, ratio_level(level))
+    loss = ALGORITHMS[loss_type].loss(terms, settings=settings, normaliser=normaliser).loss
     loss.backward()
     return loss.item(), logprobs.grad
 
@@ -113,3 +125,19 @@ def test_loss_and_gradient_equal_trl(loss_type, beta):
     # Same float32 formula in another order of operations: a few ulp.
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-8)
     assert their_grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("level", "delta"), [("sequence", None), ("token", 1.5), ("sequence", 1.3)]
+)
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def test_ratios_of_completions_and_two_sided_clipping_equal_trl(loss_type, level, delta):
+    values = inputs()
+    # Further apart, so that whole completions are clipped and bounded too.
+    values["new"] = values["old"] + 2 * (values["new"] - values["old"])
+    their_loss, their_grad = theirs(values, loss_type, 0.05, level, delta)
+    our_loss, our_grad = ours(values, loss_type, 0.05, level, delta)
+    assert our_loss == pytest.approx(their_loss, rel=1e-6)
+    torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-8)
+    plain, _ = theirs(values, loss_type, 0.05)
+    assert their_loss != pytest.approx(plain, rel=1e-3)

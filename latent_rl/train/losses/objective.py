@@ -2,27 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Algorithm", "ClipRange", "Normaliser", "PolicyLoss", "PolicyTerms", "surrogate"]
+from latent_rl.train.losses.ratios import RatioLevel, TokenRatio
+
+__all__ = [
+    "ClipRange",
+    "LossSettings",
+    "Normaliser",
+    "PolicyLoss",
+    "PolicyTerms",
+    "Surrogate",
+    "ValueTerms",
+    "check_terms",
+    "kept_log_ratio",
+    "per_token_advantages",
+    "surrogate",
+    "with_kl",
+]
 
 
 @dataclass(frozen=True)
 class ClipRange:
-    """The importance ratio is clipped to [1 - low, 1 + high]."""
+    """The importance ratio is clipped to [1 - low, 1 + high].
+
+    delta bounds the ratio from above also where clipping leaves it alone (negative advantages), as
+    in INTELLECT-2 (arXiv 2505.07291); it must exceed 1 + high to mean anything. None: no bound.
+    """
 
     low: float = 0.2
     high: float = 0.2
+    delta: float | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.low <= 1 and self.high >= 0):
             raise ValueError(
                 f"ClipRange: need 0 <= low <= 1 and high >= 0, got low={self.low}, high={self.high}"
             )
+        if self.delta is not None and self.delta <= 1 + self.high:
+            raise ValueError(
+                f"ClipRange: delta must be > 1 + epsilon_high ({1 + self.high}), got {self.delta}"
+            )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What a run chose for its loss.
+
+    clip             the ratio's range
+    beta             weight of the KL term in the loss; 0 where the penalty is part of the reward
+    ratio            what an importance ratio belongs to
+    vf_coef          weight of the value loss (PPO)
+    cliprange_value  how far a value may move from the rollout's before its loss stops pulling it
+                     further (PPO)
+    """
+
+    clip: ClipRange = field(default_factory=ClipRange)
+    beta: float = 0.0
+    ratio: RatioLevel = field(default_factory=TokenRatio)
+    vf_coef: float = 0.1
+    cliprange_value: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "vf_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if not self.cliprange_value > 0:
+            raise ValueError(f"cliprange_value must be > 0, got {self.cliprange_value}")
+
+
+@dataclass(frozen=True)
+class ValueTerms:
+    """Inputs of a value loss, each [B, T]: the value head's output (with gradient), its output when
+    the rollout was made, and the returns to regress on."""
+
+    values: Tensor
+    old_values: Tensor
+    returns: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +96,7 @@ class PolicyTerms:
     advantages    [B] or [B, T]
     keep_mask     [B, T] bool, True where a token takes part
     kl            [B, T] divergence from the reference (with gradient), or None
+    value         the value head's side, or None
     """
 
     logprobs: Tensor
@@ -41,6 +104,7 @@ class PolicyTerms:
     advantages: Tensor
     keep_mask: Tensor
     kl: Tensor | None = None
+    value: ValueTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -57,38 +121,14 @@ class Normaliser:
 
 
 class PolicyLoss(NamedTuple):
-    """loss [] with gradient; low_clip, high_clip [] share of kept tokens whose gradient is clipped
-    away below (negative advantage) and above (positive advantage)."""
+    """loss [] with gradient; low_clip, high_clip [] share of kept tokens (of completions, where the
+    ratio is theirs) whose gradient is clipped away below (negative advantage) and above (positive
+    advantage); metrics [] each, to be logged beside."""
 
     loss: Tensor
     low_clip: Tensor
     high_clip: Tensor
-
-
-class Algorithm(Protocol):
-    """A named member of the GRPO family: its loss and the settings its paper uses."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def reward_scale(self) -> str:
-        """Default of `scale_rewards`."""
-        ...
-
-    @property
-    def epsilon_high(self) -> float | None:
-        """Default upper clip; None means the same as the lower one."""
-        ...
-
-    @property
-    def dynamic_sampling(self) -> bool:
-        """Whether groups without a learning signal are replaced by default."""
-        ...
-
-    def loss(
-        self, terms: PolicyTerms, *, clip: ClipRange, beta: float, normaliser: Normaliser
-    ) -> PolicyLoss: ...
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Surrogate(NamedTuple):
@@ -99,15 +139,8 @@ class Surrogate(NamedTuple):
     high_clip: Tensor
 
 
-def surrogate(terms: PolicyTerms, *, clip: ClipRange, beta: float) -> Surrogate:
-    """Return the clipped objective per token (PPO, arXiv 1707.06347, eq. 7), plus beta * kl.
-
-    Kept-out tokens hold 0, so that a NaN there (a code that was never taken) reaches neither the
-    loss nor the gradient.
-
-    Raises:
-        ValueError: shapes that do not match, or beta without kl.
-    """
+def check_terms(terms: PolicyTerms, beta: float) -> None:
+    """Raise ValueError for shapes that do not match, or beta without kl."""
     shape = terms.logprobs.shape
     for name in ("old_logprobs", "keep_mask"):
         other = getattr(terms, name).shape
@@ -116,20 +149,51 @@ def surrogate(terms: PolicyTerms, *, clip: ClipRange, beta: float) -> Surrogate:
                 f"policy loss: {name} must have the shape of logprobs {tuple(shape)}, "
                 f"got {tuple(other)}"
             )
+    if terms.advantages.shape not in (shape, shape[:1]):
+        raise ValueError(
+            f"policy loss: advantages must be {tuple(shape[:1])} or {tuple(shape)}, "
+            f"got {tuple(terms.advantages.shape)}"
+        )
     if beta and terms.kl is None:
         raise ValueError(f"policy loss: beta={beta} needs kl, got None")
-    keep = terms.keep_mask
-    advantages = terms.advantages
-    if advantages.ndim == 1:
-        advantages = advantages[:, None]
-    log_ratio = torch.where(keep, terms.logprobs - terms.old_logprobs, 0.0)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip.low, 1 + clip.high)
-    per_token = -torch.min(ratio * advantages, clipped * advantages)
+
+
+def kept_log_ratio(terms: PolicyTerms) -> Tensor:
+    """Return log pi - log pi_old [B, T], 0 where a token is kept out: a NaN there (a code that was
+    never taken) must reach neither the loss nor the gradient."""
+    return torch.where(terms.keep_mask, terms.logprobs - terms.old_logprobs, 0.0)
+
+
+def per_token_advantages(terms: PolicyTerms) -> Tensor:
+    """Return the advantages as [B, 1] or [B, T]."""
+    return terms.advantages[:, None] if terms.advantages.ndim == 1 else terms.advantages
+
+
+def with_kl(per_token: Tensor, terms: PolicyTerms, beta: float) -> Tensor:
+    """Return per_token + beta * kl [B, T], 0 where a token is kept out."""
     if beta and terms.kl is not None:
-        per_token = per_token + beta * torch.where(keep, terms.kl, 0.0)
+        per_token = per_token + beta * torch.where(terms.keep_mask, terms.kl, 0.0)
+    return torch.where(terms.keep_mask, per_token, 0.0)
+
+
+def surrogate(
+    terms: PolicyTerms, *, clip: ClipRange, beta: float, ratio: RatioLevel | None = None
+) -> Surrogate:
+    """Return the clipped objective per token (PPO, arXiv 1707.06347, eq. 7), plus beta * kl.
+
+    ratio: token by token if None. A completion's ratio counts for each of its tokens.
+
+    Raises:
+        ValueError: shapes that do not match, or beta without kl.
+    """
+    check_terms(terms, beta)
+    keep, advantages = terms.keep_mask, per_token_advantages(terms)
+    weight = (ratio or TokenRatio())(kept_log_ratio(terms), keep).exp()
+    clipped = weight.clamp(1 - clip.low, 1 + clip.high)
+    bounded = weight if clip.delta is None else weight.clamp(max=clip.delta)
+    per_token = -torch.min(bounded * advantages, clipped * advantages)
     count = keep.sum().clamp(min=1)
     with torch.no_grad():
-        low = (ratio < 1 - clip.low) & (advantages < 0) & keep
-        high = (ratio > 1 + clip.high) & (advantages > 0) & keep
-    return Surrogate(torch.where(keep, per_token, 0.0), low.sum() / count, high.sum() / count)
+        low = (weight < 1 - clip.low) & (advantages < 0) & keep
+        high = (weight > 1 + clip.high) & (advantages > 0) & keep
+    return Surrogate(with_kl(per_token, terms, beta), low.sum() / count, high.sum() / count)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from latent_rl.train.losses.algorithm import Algorithm
 from latent_rl.train.losses.bnpo import BNPO
 from latent_rl.train.losses.dapo import DAPO
 from latent_rl.train.losses.dr_grpo import DrGRPO
 from latent_rl.train.losses.grpo import GRPO
-from latent_rl.train.losses.objective import Algorithm
 
 __all__ = ["ALGORITHMS", "algorithm", "register_algorithm"]
 

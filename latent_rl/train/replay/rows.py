@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_rl.models import Trace
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
     from latent_rl.nn import LatentPolicy
 
-__all__ = ["Replay", "action_logits"]
+__all__ = ["ActionOutputs", "Replay", "action_logits", "action_outputs"]
 
 FORMAT = 1
 
@@ -32,11 +32,13 @@ class Replay:
     first         position of the action that explains completion token 0 (prompt length - 1)
     codes         [B, T] int64; -1 where there is no token
     keep_mask     [B, T] bool; True where a token takes part in the loss
-    advantages    [B]
+    advantages    [B] or [B, T]
     seeds         [B] int64 row seeds: `generate` with them repeats the rollout
     old_logprobs  [B, T] under the policy that sampled, or None while no update has been made since
     support       [B, T, K] bool, codes that could be drawn, or None without truncation
     ref_logits    [B, T, K] of the reference policy, or None without a KL term
+    old_values    [B, T] of the value head when the rollout was made, or None without one
+    returns       [B, T] for the value head to regress on, or None without one
     """
 
     trace: Trace
@@ -48,6 +50,8 @@ class Replay:
     old_logprobs: Tensor | None = None
     support: Tensor | None = None
     ref_logits: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
 
     def __len__(self) -> int:
         return self.codes.shape[0]
@@ -86,10 +90,27 @@ class Replay:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
+class ActionOutputs(NamedTuple):
+    """logits [B, T, K] and values [B, T] (None without a value head) at the actions of a replay."""
+
+    logits: Tensor
+    values: Tensor | None
+
+
+def action_outputs(
+    policy: LatentPolicy, replay: Replay, value_head: nn.Module | None = None
+) -> ActionOutputs:
+    """Run the policy's tower once on a replay; the value head ([..., H] -> [...]) reads its output
+    too."""
+    features = policy.features(replay.trace.hidden, replay.trace.tower_kwargs)
+    features = features[:, replay.first : replay.first + replay.codes.shape[1]]
+    values = None if value_head is None else value_head(features)
+    return ActionOutputs(policy.logits(features), values)
+
+
 def action_logits(policy: LatentPolicy, replay: Replay) -> Tensor:
     """Return the policy's logits [B, T, K] at the action positions of a replay."""
-    logits: Tensor = policy(replay.trace.hidden, replay.trace.tower_kwargs)
-    return logits[:, replay.first : replay.first + replay.codes.shape[1]]
+    return action_outputs(policy, replay).logits
 
 
 def _trace_tensors(trace: Trace) -> dict[str, Tensor]:
