@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import (
     Trainer,
@@ -15,22 +18,38 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
+from latent_rl.train.checkpoint_files import naming
 from latent_rl.train.checkpointing import (
-    discard_incomplete,
+    checkpoints,
+    clear_frames,
+    drop_aside,
     is_complete,
     latest_checkpoint,
     load_model,
     mark_complete,
+    put_back,
+    recover,
+    rotate,
     save_model,
+    set_aside,
+    what_is_missing,
+    write_error,
 )
 from latent_rl.train.metric_averages import MetricAverages
+from latent_rl.train.run_lock import run_lock
 from latent_rl.train.stateful import StatefulParts
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
 
 __all__ = ["BaseTrainer"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 
 
 class EpochSampler(Protocol):
@@ -123,7 +142,7 @@ class BaseTrainer(Trainer):
 
     def resolve_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the directory to resume from: True means the last *complete* checkpoint of
-        `output_dir`, or a fresh start if there is none.
+        `output_dir`, or a fresh start if there is none; warnings name what is passed over.
 
         Raises:
             ValueError: a given directory is no complete checkpoint.
@@ -131,17 +150,45 @@ class BaseTrainer(Trainer):
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             return None
         if resume_from_checkpoint is True:
+            if self.args.should_save:
+                recover(self.output_dir)
             found = latest_checkpoint(self.output_dir)
             return str(found) if found else None
-        if not is_complete(Path(resume_from_checkpoint)):
-            raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint")
+        missing = what_is_missing(Path(resume_from_checkpoint))
+        if missing is not None:
+            raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: {missing}")
         return resume_from_checkpoint
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As `Trainer.train`, with `resolve_checkpoint`."""
-        return super().train(self.resolve_checkpoint(resume_from_checkpoint), *args, **kwargs)
+        """As `Trainer.train`, with `resolve_checkpoint`, alone in the output directory.
+
+        Raises:
+            RunInUseError: another run is training in `output_dir`.
+            CheckpointWriteError: a checkpoint could not be written (a full disk).
+        """
+        writes = self.args.should_save and self.args.save_strategy != SaveStrategy.NO
+        with run_lock(self.output_dir) if writes else nullcontext():
+            # Decided by one process: others might look while it tidies up.
+            resume: list[str | None] = [None]
+            if self.args.process_index == 0:
+                resume = [self.resolve_checkpoint(resume_from_checkpoint)]
+            broadcast_object_list(resume)
+            if resume[0] is None:
+                self._start_anew()
+            return super().train(resume[0], *args, **kwargs)
+
+    def _start_anew(self) -> None:
+        """Prepare a run that does not resume."""
+        old = [str(path) for path in checkpoints(self.output_dir) if is_complete(path)]
+        if old and self.args.save_strategy != SaveStrategy.NO:
+            logger.warning(
+                "a new run starts in %s, which holds checkpoints of an earlier one up to %s; "
+                "resume_from_checkpoint=True would take the one of the highest step",
+                self.output_dir,
+                old[-1],
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averaged metrics of the training steps since the last call."""
@@ -168,10 +215,21 @@ class BaseTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))
         directory = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            discard_incomplete(directory)
-        # Rotation runs inside the parent's method, before this checkpoint could be marked complete;
-        # an older one must not be deleted until then.
+        main = self.args.should_save
+        mark = {"format": FORMAT, "global_step": self.state.global_step}
+        if main:
+            set_aside(directory)
+        self.accelerator.wait_for_everyone()
+        self._all_or_none(directory, lambda: self._write_checkpoint(model, trial, directory))
+        self._all_or_none(directory, lambda: mark_complete(directory, mark) if main else None)
+        if main:
+            drop_aside(directory)
+            best = self.state.best_model_checkpoint
+            keep = [directory] if best is None else [directory, Path(best)]
+            rotate(run_dir, self.args.save_total_limit, keep)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, directory: Path) -> None:
+        # The parent would rotate before this checkpoint is complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -181,27 +239,47 @@ class BaseTrainer(Trainer):
             self.stateful.save(
                 directory, rank=self.args.process_index, world_size=self.args.world_size
             )
-        self.accelerator.wait_for_everyone()
+
+    def _all_or_none(self, directory: Path, write: Callable[[], None]) -> None:
+        """Call `write` on every process; if it fails on any, undo the checkpoint on all."""
+        failure: Exception | None = None
+        try:
+            write()
+        except Exception as error:  # noqa: BLE001  tokenizers and torch raise no OSError for a full disk
+            failure = error
+        failed = torch.tensor([float(failure is not None)], device=self.args.device)
+        if not self.accelerator.gather(failed).any():
+            return
+        problem = write_error(directory, failure)
+        clear_frames(failure)
         if self.args.should_save:
-            mark_complete(directory, {"format": 1, "global_step": self.state.global_step})
-            self._rotate(run_dir)
-
-    def _rotate(self, run_dir: Path) -> None:
-        from transformers.trainer_utils import rotate_checkpoints
-
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=False,
-        )
+            put_back(directory)
+        if isinstance(failure, (TypeError, ValueError, KeyError, AttributeError)):
+            raise failure  # not a matter of the disk
+        raise problem from failure
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         directory = Path(resume_from_checkpoint)
+        with naming(directory / TRAINER_STATE_NAME):
+            TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
         load_model(self.latent_model, directory)
         self.stateful.load(directory, rank=self.args.process_index, world_size=self.args.world_size)
+
+    # What the Trainer reads itself names no file when it fails.
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with naming(f"{checkpoint}/optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with naming(f"{checkpoint}/scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming(f"{checkpoint}/rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:

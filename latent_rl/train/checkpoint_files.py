@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["flush", "read_tensors", "write_atomically", "write_json", "write_tensors"]
+__all__ = ["flush", "naming", "read_tensors", "write_atomically", "write_json", "write_tensors"]
 
 
 def flush(path: Path) -> None:
@@ -22,6 +24,19 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(what: Path | str) -> Iterator[None]:
+    """Turn the errors of reading a file into a ValueError that names it.
+
+    Raises:
+        ValueError: for whatever torch, pickle, json and the file system say of a bad file.
+    """
+    try:
+        yield
+    except (OSError, EOFError, UnpicklingError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"cannot read checkpoint file {what}: {error!r}") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

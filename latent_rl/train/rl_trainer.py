@@ -108,6 +108,11 @@ class LatentGRPOTrainer(BaseTrainer):
             self.stateful.add("reference", self.reference)
         self.stateful.add("rollout", RolloutState(self), per_rank=True)
 
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self.micro_step = self._failed_rollouts = 0
+        self._replay = self._normaliser = None
+
     # Data: the loader yields row numbers, so that a rollout's rows are read once and not once per
     # completion and micro-batch.
 

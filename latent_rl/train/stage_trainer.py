@@ -91,16 +91,12 @@ class StageTrainer(BaseTrainer):
             callbacks=callbacks,
         )
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As `Trainer.train`; a run that does not resume first lets the stage look at its data."""
-        resume = self.resolve_checkpoint(resume_from_checkpoint)
-        if resume is None:
-            model = self.latent_model
-            model.eval()
-            self.stage.prepare(model, self._preparation_batches())
-        return super().train(resume, *args, **kwargs)
+    def _start_anew(self) -> None:
+        """Let the stage look at its data, unless the run resumes."""
+        super()._start_anew()
+        model = self.latent_model
+        model.eval()
+        self.stage.prepare(model, self._preparation_batches())
 
     def _preparation_batches(self) -> Iterator[Batch]:
         # A loader of its own: iterating the training loader would move its random state.

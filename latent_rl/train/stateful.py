@@ -157,7 +157,8 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
             return [rebuilt(item) for item in value]
         if isinstance(value, dict):
             if "tensor" in value:
-                return file.get_tensor(value["tensor"])
+                # A copy: the file's own memory goes when rotation removes it on a network disk.
+                return file.get_tensor(value["tensor"]).clone()
             return {key: rebuilt(item) for key, item in value["mapping"].items()}
         return value
 
