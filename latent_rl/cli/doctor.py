@@ -22,7 +22,7 @@ __all__ = ["Diagnosis", "OpReport", "diagnose", "run_doctor"]
 _REQUIRED = ("torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 _OPTIONAL = {
     "triton": "Triton kernels",
-    "trl": "token-level baseline of the demo",
+    "trl": "token-level baseline of RL",
     "scikit-learn": "digit scans of the demo",
     "chatterbot-corpus": "text-only data of the demo",
     "matplotlib": "plots of the demo's report",

@@ -14,7 +14,7 @@ import transformers
 from latent_rl import __version__
 from latent_rl.data import ConversationCollator
 from latent_rl.demo import report
-from latent_rl.demo.arms import ArmJob, Budget, run_latent_arm, run_token_arm
+from latent_rl.demo.arms import Budget, DemoJob, run_demo_arm
 from latent_rl.demo.evaluate import EVALUATION_SEEDS, PARTS, Splits, evaluate_arm
 from latent_rl.demo.progress import StepProgress
 from latent_rl.demo.result import ArmResult, DemoResult, WorldModelNumbers, result_from_json
@@ -26,6 +26,7 @@ from latent_rl.demo.workspace import Workspace
 from latent_rl.demo.writing import write_json
 from latent_rl.eval import world_model_report
 from latent_rl.models import LatentActionModel
+from latent_rl.train import ArmRun, LatentArm, TokenArm
 
 __all__ = ["EvaluationStep", "LatentArmStep", "ReportStep", "TokenArmStep"]
 
@@ -38,9 +39,9 @@ def _budget(workspace: Workspace) -> Budget:
     return Budget(steps=workspace.settings.steps(60), batch=batch)
 
 
-def _job(workspace: Workspace, name: str, arm: str, progress: StepProgress) -> ArmJob:
+def _job(workspace: Workspace, name: str, arm: str, progress: StepProgress) -> DemoJob:
     task = TASKS[name]
-    return ArmJob(
+    return DemoJob(
         processor=load_processor(workspace.path("base")),
         rewards=task.rewards(),
         rows=task.prompts(workspace.path("data"), "rl"),
@@ -50,6 +51,16 @@ def _job(workspace: Workspace, name: str, arm: str, progress: StepProgress) -> A
         out=workspace.path("rl", f"{arm}-{name}"),
         progress=progress,
     )
+
+
+def _record(run: ArmRun) -> dict[str, Any]:
+    """What the evaluation and the report read of an arm."""
+    return {
+        "curve": run.curve,
+        "rollout_seconds": run.spending.rollout_seconds,
+        "update_seconds": run.spending.update_seconds,
+        "generated_tokens": run.spending.generated_tokens,
+    }
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,10 @@ class LatentArmStep:
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`latent_rl.demo.steps.Step`."""
         model = _latent_model(workspace, _CLONED)
-        run = run_latent_arm(model, _job(workspace, self.task, "latent", progress))
+        job = _job(workspace, self.task, "latent", progress)
+        run = run_demo_arm(LatentArm(lambda: model), job, job.budget.latent_rate)
         model.save_pretrained(workspace.path("latent", self.task))
-        return dataclasses.asdict(run)
+        return _record(run)
 
 
 @dataclass(frozen=True)
@@ -87,9 +99,10 @@ class TokenArmStep:
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`latent_rl.demo.steps.Step`."""
         model = load_model(workspace.path("base"))
-        run = run_token_arm(model, _job(workspace, self.task, "token", progress))
+        job = _job(workspace, self.task, "token", progress)
+        run = run_demo_arm(TokenArm(lambda: model), job, job.budget.token_rate)
         model.save_pretrained(workspace.path("token", self.task))
-        return dataclasses.asdict(run)
+        return _record(run)
 
 
 @dataclass(frozen=True)

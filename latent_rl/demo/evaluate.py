@@ -11,7 +11,7 @@ from latent_rl.demo.result import ArmResult, Sample
 from latent_rl.demo.speakers import Answers, Speaker
 from latent_rl.demo.tasks import TaskRewards
 from latent_rl.eval import code_usage, distinct_responses, t_interval
-from latent_rl.rewards.protocol import score_all
+from latent_rl.rewards import score_rows
 
 __all__ = ["EVALUATION_SEEDS", "Splits", "evaluate_arm", "reward_of"]
 
@@ -29,15 +29,7 @@ def reward_of(rewards: TaskRewards, rows: Sequence[Any], texts: Sequence[str]) -
     Raises:
         RuntimeError: when a reward function failed; an evaluation must not lose samples quietly.
     """
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    table = score_all(
-        rewards.functions,
-        prompts=[row["prompt"] for row in rows],
-        completions=[[{"role": "assistant", "content": text}] for text in texts],
-        completion_ids=[[] for _ in texts],
-        columns=columns,
-        weights=rewards.weights,
-    )
+    table = score_rows(rewards.functions, rows, texts, [[] for _ in texts], weights=rewards.weights)
     if not all(table.keep_mask):
         raise RuntimeError(f"evaluation: rewards failed: {'; '.join(table.errors)}")
     return list(table.rewards)

@@ -10,6 +10,7 @@ from latent_rl.rewards.protocol import (
     reward_name,
     score_all,
 )
+from latent_rl.rewards.rows import score_rows
 
 __all__ = [
     "Completion",
@@ -23,4 +24,5 @@ __all__ = [
     "completion_text",
     "reward_name",
     "score_all",
+    "score_rows",
 ]

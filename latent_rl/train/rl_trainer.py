@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,6 +29,7 @@ from latent_rl.train.rollout_state import RolloutState
 from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.sampling import mix_seed
 from latent_rl.train.scoring import RolloutScores, Scorer, score_update
+from latent_rl.train.spending import SpendingMeter
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
@@ -86,7 +86,6 @@ class LatentGRPOTrainer(BaseTrainer):
         self.micro_step = 0
         self._replay: Replay | None = None
         self._normaliser: Normaliser | None = None
-        self._rollout_seconds = self._update_seconds = 0.0
         self._failed_rollouts = self._eval_batches = 0
         super().__init__(
             model=model,
@@ -97,6 +96,8 @@ class LatentGRPOTrainer(BaseTrainer):
             data_collator=list,
             callbacks=callbacks,
         )
+        self.meter = SpendingMeter()
+        self.add_callback(self.meter)
         self.worker = RolloutWorker(
             args, functions, processing_class, prompt_renderer or _default_renderer()
         )
@@ -140,28 +141,24 @@ class LatentGRPOTrainer(BaseTrainer):
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """As `Trainer.training_step`, timing rollout and update apart."""
-        started, before = time.perf_counter(), self._rollout_seconds
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        rollout = self._rollout_seconds - before
-        self._update_seconds += time.perf_counter() - started - rollout
-        if self.micro_step % self.args.micro_steps_per_rollout == 0:
-            self.averages.add(
-                {
-                    "rollout_seconds": self._rollout_seconds,
-                    "update_seconds": self._update_seconds,
-                }
-            )
-            self._rollout_seconds = self._update_seconds = 0.0
-        return loss
+        with self.meter.step():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the run has spent to the logs of training steps."""
+        if "loss" in logs or "train_runtime" in logs:
+            accelerator = self.accelerator
+            spent = self.meter.flush(self.state.global_step, accelerator.gather, accelerator.device)
+            logs = {**logs, **spent}
+        super().log(logs, start_time)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Turn the row numbers of a micro-step into its share of the current rollout's replay."""
         args = self.args
         rollout_number, within = divmod(self.micro_step, args.micro_steps_per_rollout)
         if within == 0 or self._replay is None:
-            started = time.perf_counter()
-            self._replay = self._new_replay(inputs, rollout_number)
-            self._rollout_seconds += time.perf_counter() - started
+            with self.meter.rollout():
+                self._replay = self._new_replay(inputs, rollout_number)
         iteration, part = divmod(within, args.steps_per_generation or 1)
         seed = mix_seed(args.seed, SHUFFLE_STREAM, rollout_number, iteration, args.process_index)
         generator = torch.Generator().manual_seed(seed)
@@ -263,6 +260,7 @@ class LatentGRPOTrainer(BaseTrainer):
         for attempt in range(args.resample_rounds() + 1):
             seed = mix_seed(args.seed, rollout_number, attempt, args.process_index)
             rollout = self._run(model, self.train_dataset, numbers, seed)
+            self.meter.count(len(rollout), int(rollout.completion_mask.sum()))
             informative = rollout.informative_groups(group, scale)
             missing = wanted - sum(len(part) for part in parts)
             if attempt == args.resample_rounds() or int(informative.sum()) * group >= missing:

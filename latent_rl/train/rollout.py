@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latent_rl.decode import Decoder
 from latent_rl.models import LatentGeneration, Trace
-from latent_rl.rewards.protocol import RewardFunction, RewardTable, score_all
+from latent_rl.rewards import RewardFunction, RewardTable, score_rows
 from latent_rl.train.advantages import RewardScale, group_advantages
 from latent_rl.train.replay import join_traces
 
@@ -258,21 +258,8 @@ class RolloutWorker:
         ids: list[list[int]],
         extra: Mapping[str, Any],
     ) -> RewardTable:
-        prompts = [row["prompt"] for row in rows]
-        completions: list[Any] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        reserved = {"prompt", "completion", "completion_ids", "completions", "prompts"}
-        names = [name for name in rows[0] if name not in reserved]
-        return score_all(
-            self.reward_funcs,
-            prompts=prompts,
-            completions=completions,
-            completion_ids=ids,
-            columns={name: [row[name] for row in rows] for name in names},
-            weights=self.args.reward_weights,
-            extra=extra,
+        return score_rows(
+            self.reward_funcs, rows, texts, ids, weights=self.args.reward_weights, extra=extra
         )
 
 
