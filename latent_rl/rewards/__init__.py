@@ -1,6 +1,7 @@
 """Rewards: the protocol (TRL's), how several are combined, and programmatic ones to build on."""
 
 from latent_rl.rewards.batteries import Gated, NamesTheFact, WellFormed, completion_text
+from latent_rl.rewards.failures import RewardFailure, count_by_kind, failure_kind
 from latent_rl.rewards.protocol import (
     Completion,
     RewardFunction,
@@ -10,18 +11,23 @@ from latent_rl.rewards.protocol import (
     reward_name,
     score_all,
 )
+from latent_rl.rewards.reward_log import RewardLog
 from latent_rl.rewards.rows import score_rows
 
 __all__ = [
     "Completion",
     "Gated",
     "NamesTheFact",
+    "RewardFailure",
     "RewardFunction",
+    "RewardLog",
     "RewardOutput",
     "RewardTable",
     "RewardValue",
     "WellFormed",
     "completion_text",
+    "count_by_kind",
+    "failure_kind",
     "reward_name",
     "score_all",
     "score_rows",

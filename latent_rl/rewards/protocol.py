@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
+from latent_rl.rewards.failures import RewardFailure, count_by_kind, failure_kind, one_line
+
 __all__ = [
     "Completion",
     "RewardFunction",
@@ -65,6 +67,9 @@ class RewardTable:
     keep_mask      [B]  True where the row may be used: at least one function applied and none
                    failed
     failed         [B]  True where at least one function failed on the row
+    failed_per_function  F tuples of [B]; True where that function failed on the row
+    errors         one line per function that failed, with its first error
+    failures       one entry per function and row that failed
     """
 
     names: tuple[str, ...]
@@ -72,7 +77,9 @@ class RewardTable:
     per_function: tuple[tuple[float, ...], ...]
     keep_mask: tuple[bool, ...]
     failed: tuple[bool, ...]
+    failed_per_function: tuple[tuple[bool, ...], ...]
     errors: tuple[str, ...] = ()
+    failures: tuple[RewardFailure, ...] = ()
 
     @property
     def num_dropped(self) -> int:
@@ -108,7 +115,9 @@ def score_all(
     `keep_mask` and never filled in. `None` leaves a function out of a row's sum.
 
     Raises:
-        ValueError: no function; weights or column lengths that do not match.
+        ValueError: no function; weights, column lengths or a number of returned values that do not
+            match.
+        TypeError: a function returned something that is neither a number, None nor an exception.
     """
     if not functions:
         raise ValueError("score_all: needs at least one reward function, got none")
@@ -137,14 +146,19 @@ def score_all(
     }
     names = _unique([reward_name(function) for function in functions])
     outputs = _run(_call_all(functions, arguments))
-    columns_of_values, failed, errors = [], [False] * count, []
+    columns_of_values, lost_rows, errors = [], [], []
+    failures: list[RewardFailure] = []
     for name, output in zip(names, outputs, strict=True):
-        values, lost, error = _read(name, output, count)
+        values, found = _read(name, output, count)
         columns_of_values.append(values)
-        failed = [a or b for a, b in zip(failed, lost, strict=True)]
-        if error is not None:
-            errors.append(error)
-            logger.warning("%s; %d of %d samples dropped", error, sum(lost), count)
+        lost_rows.append(tuple(item is not None for item in found))
+        lost = [item for item in found if item is not None]
+        if lost:
+            failures += lost
+            errors.append(lost[0].message)
+            kinds = ", ".join(f"{kind} {n}" for kind, n in count_by_kind(lost).most_common())
+            logger.warning("%s; %d of %d samples dropped (%s)", errors[-1], len(lost), count, kinds)
+    failed = [any(rows) for rows in zip(*lost_rows, strict=True)]
     rewards, keep_mask = _combine(columns_of_values, weights, failed)
     return RewardTable(
         names=tuple(names),
@@ -152,7 +166,9 @@ def score_all(
         per_function=tuple(tuple(values) for values in columns_of_values),
         keep_mask=tuple(keep_mask),
         failed=tuple(failed),
+        failed_per_function=tuple(lost_rows),
         errors=tuple(errors),
+        failures=tuple(failures),
     )
 
 
@@ -174,29 +190,43 @@ def _combine(
 
 def _read(
     name: str, output: RewardOutput | Exception, count: int
-) -> tuple[list[float], list[bool], str | None]:
-    """Return (values [B] with NaN gaps, lost [B], message or None) of one function's output."""
+) -> tuple[list[float], list[RewardFailure | None]]:
+    """Return (values [B] with NaN gaps, the failure of each row or None [B]) of one function."""
     if isinstance(output, Exception):
-        message = f"reward {name} raised {type(output).__name__}: {output}"
-        return [math.nan] * count, [True] * count, message
+        message = f"reward {name} raised {type(output).__name__}: {one_line(output)}"
+        return [math.nan] * count, [RewardFailure(name, failure_kind(output), message)] * count
     values = list(output)
     if len(values) != count:
         raise ValueError(
             f"reward {name} must return one value per completion ({count}), got {len(values)}"
         )
-    numbers, lost, first = [], [], None
+    numbers: list[float] = []
+    failures: list[RewardFailure | None] = []
     for value in values:
-        if value is None:
-            numbers.append(math.nan)
-            lost.append(False)
-            continue
-        number = math.nan if isinstance(value, Exception) else float(value)
-        failed = not math.isfinite(number)
-        if failed and first is None:
-            first = f"reward {name} failed: {value!r}"
-        numbers.append(math.nan if failed else number)
-        lost.append(failed)
-    return numbers, lost, first
+        number, failure = math.nan, None
+        if isinstance(value, Exception):
+            message = f"reward {name} failed: {type(value).__name__}: {one_line(value)}"
+            failure = RewardFailure(name, failure_kind(value), message)
+        elif value is not None:
+            number = _number(name, value)
+            if not math.isfinite(number):
+                failure = RewardFailure(name, "not_finite", f"reward {name} failed: {number}")
+                number = math.nan
+        numbers.append(number)
+        failures.append(failure)
+    return numbers, failures
+
+
+def _number(name: str, value: Any) -> float:
+    """`value` as a float; a text that looks like a number is none."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("text")
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"reward {name} must return numbers, None or exceptions, got {value!r:.100}"
+        ) from error
 
 
 async def _call_all(

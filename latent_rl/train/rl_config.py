@@ -41,6 +41,9 @@ class LatentGRPOConfig(TrainingArguments):
     temperature .. min_p       distribution of the codes, which is also the one that is scored
     do_sample_tokens           sample tokens too instead of taking the most likely one under a code
     reward_weights             one per reward function; None is all 1
+    max_reward_failure_rate    share of completions on which a reward function may fail before the
+                               run stops; None never stops for a rate
+    reward_failure_window      rollouts over which that share is taken
     mask_truncated_completions leave completions without an end out of the loss
     dynamic_sampling           replace groups whose rewards are all equal by other prompts; None
                                takes the algorithm's default (dapo True, others False)
@@ -75,6 +78,8 @@ class LatentGRPOConfig(TrainingArguments):
     min_p: float | None = None
     do_sample_tokens: bool = False
     reward_weights: list[float] | None = None
+    max_reward_failure_rate: float | None = 0.5
+    reward_failure_window: int = 8
     mask_truncated_completions: bool = False
     dynamic_sampling: bool | None = None
     max_resample_rounds: int = 3
@@ -102,6 +107,7 @@ class LatentGRPOConfig(TrainingArguments):
             "num_iterations",
             "max_completion_length",
             "steps_per_generation",
+            "reward_failure_window",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -111,6 +117,11 @@ class LatentGRPOConfig(TrainingArguments):
             raise ValueError(
                 "LatentGRPOConfig: num_generations must be >= 2 (an advantage is relative to a "
                 f"group), got {self.num_generations}"
+            )
+        rate = self.max_reward_failure_rate
+        if rate is not None and not 0 <= rate <= 1:
+            raise ValueError(
+                f"LatentGRPOConfig: max_reward_failure_rate must be in [0, 1] or None, got {rate}"
             )
         if self.beta < 0:
             raise ValueError(f"LatentGRPOConfig: beta must be >= 0, got {self.beta}")

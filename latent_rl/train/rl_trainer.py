@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from latent_rl import ops
 from latent_rl.rewards.protocol import RewardFunction
+from latent_rl.rewards.reward_log import RewardLog
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
 from latent_rl.train.estimators import ScoredRollout
+from latent_rl.train.failure_watch import FailureWatch
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
 from latent_rl.train.losses import Normaliser, PolicyLoss, PolicyTerms
@@ -39,7 +42,6 @@ __all__ = ["LatentGRPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILED_ROLLOUTS = 3
 EVAL_STREAM, SHUFFLE_STREAM, RESAMPLE_STREAM = 1, 2, 3
 
 
@@ -86,7 +88,7 @@ class LatentGRPOTrainer(BaseTrainer):
         self.micro_step = 0
         self._replay: Replay | None = None
         self._normaliser: Normaliser | None = None
-        self._failed_rollouts = self._eval_batches = 0
+        self._eval_batches = 0
         super().__init__(
             model=model,
             args=args,
@@ -107,11 +109,15 @@ class LatentGRPOTrainer(BaseTrainer):
             self.reference.requires_grad_(False).eval()
             # The reference is the policy the first run began with, whatever this one was given.
             self.stateful.add("reference", self.reference)
+        self.reward_log = RewardLog()
+        self.failures = FailureWatch(args.max_reward_failure_rate, args.reward_failure_window)
+        self.stateful.add("failures", self.failures, per_rank=True)
         self.stateful.add("rollout", RolloutState(self), per_rank=True)
 
     def _start_anew(self) -> None:
         super()._start_anew()
-        self.micro_step = self._failed_rollouts = 0
+        self.micro_step = 0
+        self.failures.reset()
         self._replay = self._normaliser = None
 
     # Data: the loader yields row numbers, so that a rollout's rows are read once and not once per
@@ -174,7 +180,7 @@ class LatentGRPOTrainer(BaseTrainer):
         model, args = self.latent_model, self.args
         set_training_modes(model, [])
         rollout = self._sample(model, numbers, rollout_number)
-        self._watch_failures(rollout)
+        self.failures.check(self.accelerator.gather, gather_object, model.device)
         keep = rollout.completion_mask & rollout.keep_mask[:, None] & (rollout.codes >= 0)
         if args.mask_truncated_completions:
             keep = keep & rollout.terminated[:, None]
@@ -246,7 +252,7 @@ class LatentGRPOTrainer(BaseTrainer):
         if scored is not None:
             difference = (scored - rollout.logprobs).abs()[keep]
             metrics["sampling/sampling_logp_difference/mean"] = difference.mean()
-        self.averages.add(metrics)
+        self.averages.add({**metrics, **self.reward_log.flush(gather_object)})
 
     def _sample(
         self, model: LatentActionModel, numbers: Sequence[int], rollout_number: int
@@ -260,6 +266,7 @@ class LatentGRPOTrainer(BaseTrainer):
         for attempt in range(args.resample_rounds() + 1):
             seed = mix_seed(args.seed, rollout_number, attempt, args.process_index)
             rollout = self._run(model, self.train_dataset, numbers, seed)
+            self.failures.add(rollout)
             self.meter.count(len(rollout), int(rollout.completion_mask.sum()))
             informative = rollout.informative_groups(group, scale)
             missing = wanted - sum(len(part) for part in parts)
@@ -295,18 +302,9 @@ class LatentGRPOTrainer(BaseTrainer):
         unique = {number: dataset[number] for number in dict.fromkeys(numbers)}
         rows = [unique[number] for number in numbers]
         seeds = ops.row_seeds(seed, len(rows), model.device)
-        columns = {"trainer_state": self.state}
+        columns = {"trainer_state": self.state, **self.reward_log.arguments()}
         with self.accelerator.autocast():
             return self.worker.run(model, rows, seeds, columns=columns, return_hidden=return_hidden)
-
-    def _watch_failures(self, rollout: Rollout) -> None:
-        """Stop a run whose rewards fail altogether: it would burn rollouts and learn nothing."""
-        self._failed_rollouts = 0 if rollout.keep_mask.any() else self._failed_rollouts + 1
-        if self._failed_rollouts >= MAX_FAILED_ROLLOUTS:
-            reasons = "; ".join(dict.fromkeys(rollout.errors)) or "no reward function applied"
-            raise RuntimeError(
-                f"every reward of {MAX_FAILED_ROLLOUTS} rollouts in a row failed: {reasons}"
-            )
 
     # Update.
 
@@ -382,6 +380,7 @@ class LatentGRPOTrainer(BaseTrainer):
         metrics = rollout_metrics(
             rollout, std, inner.latent_config.num_codes, self.accelerator.gather
         )
+        metrics |= self.reward_log.flush(gather_object)
         self.eval_averages.add({**metrics, "rollout_seconds": rollout.seconds})
         return None, None, None
 

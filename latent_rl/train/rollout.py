@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latent_rl.decode import Decoder
 from latent_rl.models import LatentGeneration, Trace
-from latent_rl.rewards import RewardFunction, RewardTable, score_rows
+from latent_rl.rewards import RewardFailure, RewardFunction, RewardTable, score_rows
 from latent_rl.train.advantages import RewardScale, group_advantages
 from latent_rl.train.replay import join_traces
 
@@ -36,7 +36,8 @@ class Rollout:
     texts       decoded completions
     codes, logprobs, completion_mask [B, T]; terminated [B] bool (an end-of-sequence token was
     emitted); seeds [B]; rewards [B] float32 with NaN where keep_mask [B] is False
-    per_function [B, F] with NaN gaps; names of the F functions; failed [B]
+    per_function [B, F] with NaN gaps; names of the F functions; failed [B, F] bool
+    failures     one entry per function and completion that failed
     """
 
     rows: list[Row]
@@ -53,7 +54,7 @@ class Rollout:
     per_function: Tensor
     failed: Tensor
     names: tuple[str, ...]
-    errors: tuple[str, ...]
+    failures: tuple[RewardFailure, ...]
     seconds: float
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class Rollout:
             per_function=self.per_function[rows],
             failed=self.failed[rows],
             names=self.names,
-            errors=self.errors,
+            failures=self.failures,
             seconds=self.seconds,
         )
 
@@ -121,7 +122,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         per_function=stacked("per_function"),
         failed=stacked("failed"),
         names=parts[0].names,
-        errors=tuple(error for part in parts for error in part.errors),
+        failures=tuple(failure for part in parts for failure in part.failures),
         seconds=sum(part.seconds for part in parts),
     )
 
@@ -184,9 +185,9 @@ class RolloutWorker:
             rewards=torch.tensor(table.rewards, device=device),
             keep_mask=torch.tensor(table.keep_mask, device=device),
             per_function=torch.tensor(table.per_function, device=device).T.contiguous(),
-            failed=torch.tensor(table.failed, device=device),
+            failed=torch.tensor(table.failed_per_function, device=device).T.contiguous(),
             names=table.names,
-            errors=table.errors,
+            failures=table.failures,
             seconds=seconds,
         )
 

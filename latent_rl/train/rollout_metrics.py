@@ -21,10 +21,12 @@ def rollout_metrics(
     """Return the metrics of a rollout over all ranks.
 
     gather: concatenates a tensor [n, ...] of every rank. Rewards are means over scored completions;
-    `failed_rewards` counts the dropped ones. Codes are counted where a completion has tokens.
+    `failed_rewards` counts the dropped ones, `rewards/<name>/failed` those a function failed on.
+    Codes are counted where a completion has tokens.
     """
     rewards = gather(torch.where(rollout.keep_mask, rollout.rewards, torch.nan))
     per_function = gather(rollout.per_function)
+    failed = gather(rollout.failed.sum(0)[None].float()).sum(0)
     lengths = gather(rollout.completion_mask.sum(1).float())
     ended = gather(rollout.terminated)
     dropped = gather((~rollout.keep_mask).sum().float())
@@ -54,4 +56,5 @@ def rollout_metrics(
         metrics[f"rewards/{name}/std"] = (
             values.std() if values.numel() > 1 else values.new_zeros(())
         )
+        metrics[f"rewards/{name}/failed"] = failed[index]
     return metrics

@@ -35,7 +35,6 @@ class RolloutState:
         state: dict[str, Any] = {
             "micro_step": trainer.micro_step,
             "micro_steps_per_rollout": trainer.args.micro_steps_per_rollout,
-            "failed_rollouts": trainer._failed_rollouts,
         }
         replay, normaliser = trainer._replay, trainer._normaliser
         if trainer.micro_step % trainer.args.micro_steps_per_rollout == 0:
@@ -60,7 +59,6 @@ class RolloutState:
                 f"checkpoint, it is {ours} now; resume with the same settings"
             )
         trainer.micro_step = int(state_dict["micro_step"])
-        trainer._failed_rollouts = int(state_dict["failed_rollouts"])
         trainer._replay = trainer._normaliser = None
         replay = state_dict.get("replay")
         if replay is not None:

@@ -58,6 +58,8 @@ def test_steps_per_generation_defaults_to_accumulation():
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"num_iterations": 0}, "num_iterations must be >= 1"),
         ({"epsilon": 2.0}, "low"),
+        ({"max_reward_failure_rate": 1.5}, r"max_reward_failure_rate must be in \[0, 1\] or None"),
+        ({"reward_failure_window": 0}, "reward_failure_window must be >= 1"),
         ({"delta": 1.1}, r"delta must be > 1 \+ epsilon_high \(1\.2\), got 1\.1"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of"),
     ],
@@ -78,6 +80,8 @@ def test_names_are_trl_s():
         "replay_dtype",
         "use_decoder",
         "decoder_slots",
+        "max_reward_failure_rate",
+        "reward_failure_window",
     }
     assert ours - theirs == extra
 
