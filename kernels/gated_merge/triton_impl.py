@@ -64,6 +64,7 @@ def _gated_merge_fwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
+    KEEP: tl.constexpr,  # store the pre-activations, which only a backward reads
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_i: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
@@ -112,9 +113,10 @@ def _gated_merge_fwd_kernel(
     stored = (rows <= last_row)[:, None] & (columns <= last_column)[None, :]
     first = first_row * I + first_column
     at = rows[:, None] * I + columns[None, :]
-    dtype = pre_gate_ptr.dtype.element_ty
-    tl.store(pre_gate_ptr + first + at, gate.to(dtype), mask=stored)
-    tl.store(pre_up_ptr + first + at, up.to(dtype), mask=stored)
+    dtype = activation_ptr.dtype.element_ty
+    if KEEP:
+        tl.store(pre_gate_ptr + first + at, gate.to(dtype), mask=stored)
+        tl.store(pre_up_ptr + first + at, up.to(dtype), mask=stored)
     # Read again rather than kept through the loop, whose registers are full.
     code = tl.load(code_ptr + first_row + read_rows)
     valid = (code >= 0) & (code < K)
@@ -139,43 +141,78 @@ def gated_merge_forward(
     return _forward(e, codebook, w_gate, w_up, w_down, codes)
 
 
+def gated_merge_step(
+    e: Tensor, codes: Tensor, tables: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> Tensor:
+    """The block's output alone, from tables [2, K, I] float32 made before; see the reference."""
+    if INTERPRETED and e.dtype == torch.bfloat16:
+        wide = (t.float() for t in (e, w_gate, w_up, w_down))
+        return _step(*wide, tables, codes).bfloat16()
+    return _step(e, w_gate, w_up, w_down, tables, codes)
+
+
 def _forward(
     e: Tensor, codebook: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, codes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, shape = e.shape[1], (e.shape[0], w_gate.shape[0])
+    pre_gate, pre_up = (torch.empty(shape, dtype=e.dtype, device=e.device) for _ in range(2))
+    tables = _table(codebook, w_gate[:, hidden:]), _table(codebook, w_up[:, hidden:])
+    activation = _activation(e, w_gate, w_up, tables, codes, (pre_gate, pre_up))
+    return torch.mm(activation, w_down.T), pre_gate, pre_up
+
+
+def _step(
+    e: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tables: Tensor, codes: Tensor
+) -> Tensor:
+    activation = _activation(e, w_gate, w_up, (tables[0], tables[1]), codes, None)
+    return torch.mm(activation, w_down.T)
+
+
+def _activation(
+    e: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    tables: tuple[Tensor, Tensor],
+    codes: Tensor,
+    kept: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """silu(gate) * up, [N, I]; the pre-activations go to ``kept`` where it is given."""
     e, w_gate, w_up = (_rows_of(t) for t in (e, w_gate, w_up))
     if w_gate.stride(0) != w_up.stride(0):
         w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
     (n, hidden), inner = e.shape, w_gate.shape[0]
-    options = {"dtype": e.dtype, "device": e.device}
-    pre_gate, pre_up, activation = (torch.empty((n, inner), **options) for _ in range(3))
-    if n > 0:
-        config = config_for(n, e.device)
-        grid = (triton.cdiv(n, config.block_n) * triton.cdiv(inner, config.block_i),)
-        with torch.cuda.device(e.device if e.is_cuda else -1):
-            _gated_merge_fwd_kernel[grid](
-                e,
-                w_gate,
-                w_up,
-                _table(codebook, w_gate[:, hidden:]),
-                _table(codebook, w_up[:, hidden:]),
-                codes.contiguous(),
-                pre_gate,
-                pre_up,
-                activation,
-                n,
-                e.stride(0),
-                w_gate.stride(0),
-                K=codebook.shape[0],
-                H=hidden,
-                I=inner,
-                BLOCK_N=config.block_n,
-                BLOCK_I=config.block_i,
-                BLOCK_H=config.block_h,
-                GROUP=GROUP_N,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-    return torch.mm(activation, w_down.T), pre_gate, pre_up
+    activation = torch.empty((n, inner), dtype=e.dtype, device=e.device)
+    if n == 0:
+        return activation
+    config = config_for(n, e.device)
+    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(inner, config.block_i),)
+    pre_gate, pre_up = (activation, activation) if kept is None else kept
+    with torch.cuda.device(e.device if e.is_cuda else -1):
+        _gated_merge_fwd_kernel[grid](
+            e,
+            w_gate,
+            w_up,
+            tables[0],
+            tables[1],
+            codes.contiguous(),
+            pre_gate,
+            pre_up,
+            activation,
+            n,
+            e.stride(0),
+            w_gate.stride(0),
+            K=tables[0].shape[0],
+            H=hidden,
+            I=inner,
+            BLOCK_N=config.block_n,
+            BLOCK_I=config.block_i,
+            BLOCK_H=config.block_h,
+            GROUP=GROUP_N,
+            KEEP=kept is not None,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return activation
 
 
 def config_for(n: int, device: torch.device) -> Config:

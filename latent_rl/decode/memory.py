@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -19,12 +20,14 @@ class DecodePlan:
     Attributes:
         weights_bytes: parameters and buffers of the model, held anyway.
         cache_bytes: key-value storage of trunk and policy for all slots.
+        tables_bytes: what merging adds for each code, made once per call.
         results_bytes: tokens, codes and their numbers.
         replay_bytes: states kept for replay.
     """
 
     weights_bytes: int
     cache_bytes: int
+    tables_bytes: int
     results_bytes: int
     replay_bytes: int
 
@@ -36,7 +39,7 @@ class DecodePlan:
     @property
     def new_bytes(self) -> int:
         """What a first call allocates on top of the weights."""
-        return self.cache_bytes + self.results_bytes + self.replay_bytes
+        return self.cache_bytes + self.tables_bytes + self.results_bytes + self.replay_bytes
 
     def check(self, device: torch.device, held: int = 0) -> None:
         """Raise when the device has less memory free than the call needs.
@@ -69,6 +72,7 @@ class DecodePlan:
                 f"requests per call, or return_hidden or hidden_dtype "
                 f"(replay: {_gib(self.replay_bytes)})",
             ),
+            (self.tables_bytes, f"the number of codes (tables: {_gib(self.tables_bytes)})"),
             (self.results_bytes, f"requests per call (results: {_gib(self.results_bytes)})"),
         ]
         lower = "; ".join(text for part, text in sorted(advice, reverse=True) if part)
@@ -80,6 +84,14 @@ class DecodePlan:
 
 def _gib(number: int) -> str:
     return f"{number / 2**30:.2f} GiB"
+
+
+def _tables_bytes(model: LatentActionModel) -> int:
+    """Of ``LatentActionModel.merge_tables``: [2, K, I] per block."""
+    blocks = model.latent.merge.blocks
+    weight = cast(Any, blocks[0]).w_gate
+    item = max(weight.dtype.itemsize, torch.float32.itemsize)
+    return len(blocks) * 2 * model.latent_config.num_codes * int(weight.shape[0]) * item
 
 
 def make_plan(
@@ -108,6 +120,7 @@ def make_plan(
     return DecodePlan(
         weights_bytes=weights,
         cache_bytes=slots * (prompt_tokens + new_tokens) * width,
+        tables_bytes=_tables_bytes(model),
         results_bytes=rows * new_tokens * (2 * 8 + 3 * 4),
         replay_bytes=hidden,
     )

@@ -94,17 +94,20 @@ class Step:
         said: Said,
         stores: tuple[SlotStore, SlotStore],
         window: SlotWindow,
+        tables: list[Tensor],
         settings: DecodeSettings,
         *,
         forced: bool,
         allowed: bool,
     ) -> None:
-        """``stores`` are the trunk's and the policy's; ``window`` is theirs too.
+        """``stores`` are the trunk's and the policy's; ``window`` is theirs too; ``tables`` are
+        the merge's.
 
         ``forced`` and ``allowed`` say whether the rows' fields of that name are looked at.
         """
         self._model, self._rows, self._said, self._window = model, rows, said, window
         self._trunk, self._policy = stores
+        self._tables = tables
         self._settings, self._forced, self._allowed = settings, forced, allowed
         device = rows.tokens.device
         self._eos = torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=device)
@@ -173,7 +176,7 @@ class Step:
         said.columns[at] = steps.masked_fill(~active, -1)
         if policy_logits is not None:
             codes = self._choose(policy_logits, at)
-            state = self._model.merge(state, codes).to(dtype)
+            state = self._model.merge(state, codes, tables=self._tables).to(dtype)
         tokens = self._speak(self._model.lm_logits(state), at)
         said.ids[at, 0] = tokens
         rows.tokens[at] = torch.where(active, tokens, rows.tokens[at])

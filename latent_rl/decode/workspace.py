@@ -28,6 +28,7 @@ class Workspace:
         rows, said: the slots' state and what the last step said.
         requests: int64 [slots], the results' row of each slot.
         trunk, policy: key-value storage.
+        tables: of the merge, see ``LatentActionModel.merge_tables``.
         check_every: steps between looks at which slots ended.
     """
 
@@ -67,6 +68,7 @@ class Workspace:
             slots, int(model.decoder.config.hidden_size), self._dtypes[0], device
         )
         self._num_codes = model.latent_config.num_codes
+        self.tables = model.merge_tables()
         self.rows = Rows.empty(slots, 1, self._num_codes, device)
         self._steps: dict[tuple[DecodeSettings, bool, bool, bool], Step] = {}
         self._compiled: dict[Step, Callable[[int, int], None]] | None = {} if compiled else None
@@ -78,8 +80,9 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the caches, by far the largest part."""
-        return self.trunk.num_bytes + self.policy.num_bytes
+        """Bytes of the caches, by far the largest part, and of the merge's tables."""
+        tables = sum(t.numel() * t.element_size() for t in self.tables)
+        return self.trunk.num_bytes + self.policy.num_bytes + tables
 
     def use_positions(self, count: int) -> None:
         """Make room for ``count`` rotary positions per token.
@@ -101,9 +104,16 @@ class Workspace:
         """No slot speaks (after an interrupted run some still seem to); old graphs may be stale."""
         if self._graphs is not None:
             self._graphs.check_weights(model)
+        if model.is_active:
+            self._make_tables(model)
         self.rows.active.zero_()
         self.rows.steps.zero_()
         self.rows.lengths.zero_()
+
+    def _make_tables(self, model: LatentActionModel) -> None:
+        """The merge's tables under the weights of now, where graphs look for them."""
+        for held, new in zip(self.tables, model.merge_tables(), strict=True):
+            held.copy_(new)
 
     def step_of(
         self, model: LatentActionModel, settings: DecodeSettings, *, forced: bool, allowed: bool
@@ -117,6 +127,7 @@ class Workspace:
                 self.said,
                 (self.trunk, self.policy),
                 self._window,
+                self.tables,
                 settings,
                 forced=forced,
                 allowed=allowed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -265,13 +265,28 @@ class LatentActionModel(nn.Module):
         logits: Tensor = self.latent.policy(state, trace.tower_kwargs)
         return logits
 
-    def merge(self, state: Tensor, codes: Tensor, code_vectors: Tensor | None = None) -> Tensor:
+    @torch.no_grad()
+    def merge_tables(self) -> list[Tensor]:
+        """Per merge block what depends on the code alone, [2, K, I].
+
+        It holds for the weights as they are now; with it :meth:`merge` has no gradient.
+        """
+        return self.latent.merge.tables(self.latent.quantizer.codebook.weight)
+
+    def merge(
+        self,
+        state: Tensor,
+        codes: Tensor,
+        code_vectors: Tensor | None = None,
+        tables: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """States under codes, row by row.
 
         Args:
             state: [..., H].
             codes: int64 [...]; a position with -1 has no action and keeps its state.
             code_vectors: [..., D] from :meth:`quantize`, for a gradient to the inverse model.
+            tables: from :meth:`merge_tables`, for many calls under the same weights.
 
         Returns:
             [..., H] in the latent modules' dtype.
@@ -281,7 +296,9 @@ class LatentActionModel(nn.Module):
         if torch.is_grad_enabled() and not codebook.requires_grad:
             # A moving-average update may change it in place before the backward pass.
             codebook = codebook.clone()
-        merged: Tensor = self.latent.merge(state, codes.clamp_min(0), codebook, code_vectors)
+        merged: Tensor = self.latent.merge(
+            state, codes.clamp_min(0), codebook, code_vectors, tables
+        )
         return torch.where(acts[..., None], merged, state.to(merged.dtype))
 
     def lm_logits(self, merged: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from latent_rl import _C
 from latent_rl.native._call import accumulator, address, dtype_code, threads
 from latent_rl.native._segments import segment_sum
 
-__all__ = ["gated_merge_backward", "gated_merge_forward"]
+__all__ = ["gated_merge_backward", "gated_merge_forward", "gated_merge_step"]
 
 
 def gated_merge_forward(
@@ -30,27 +30,58 @@ def gated_merge_forward(
     """
     hidden = e.shape[1]
     wide = accumulator(e.dtype)
-    codes = codes.contiguous()
-    rows, table = e.to(wide), codebook.to(wide)
+    table = codebook.to(wide)
     gate, up = w_gate.to(wide), w_up.to(wide)
-    pre_gate, pre_up = rows @ gate[:, :hidden].T, rows @ up[:, :hidden].T
-    table_gate, table_up = table @ gate[:, hidden:].T, table @ up[:, hidden:].T
+    tables = table @ gate[:, hidden:].T, table @ up[:, hidden:].T
+    out, pre_gate, pre_up = _merge(e, codes, tables, gate[:, :hidden], up[:, :hidden], w_down)
+    return out, pre_gate.to(e.dtype), pre_up.to(e.dtype)
+
+
+def gated_merge_step(
+    e: Tensor, codes: Tensor, tables: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> Tensor:
+    """The block's output alone, from the code's share of both products made before.
+
+    Args:
+        e: [N, H] on the CPU. codes: int64 [N].
+        tables: [2, K, I] in the accumulator's dtype, contiguous.
+        w_gate, w_up: [I, H + D], of which the first H columns are used. w_down: [H, I].
+
+    Returns:
+        out [N, H] (NaN rows where the code is -1).
+    """
+    hidden, wide = e.shape[1], tables.dtype
+    gate, up = w_gate[:, :hidden].to(wide), w_up[:, :hidden].to(wide)
+    return _merge(e, codes, (tables[0], tables[1]), gate, up, w_down)[0]
+
+
+def _merge(
+    e: Tensor,
+    codes: Tensor,
+    tables: tuple[Tensor, Tensor],
+    gate: Tensor,
+    up: Tensor,
+    w_down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [N, H] in e's dtype and both pre-activations; weights are e's halves, [I, H]."""
+    codes = codes.contiguous()
+    rows = e.to(gate.dtype)
+    pre_gate, pre_up = rows @ gate.T, rows @ up.T
     activation = torch.empty_like(pre_gate)
     _C.merge_forward(
         dtype_code("gated_merge", pre_gate),
         address(pre_gate),
         address(pre_up),
-        address(table_gate),
-        address(table_up),
+        address(tables[0]),
+        address(tables[1]),
         address(codes),
         address(activation),
         e.shape[0],
-        codebook.shape[0],
-        w_gate.shape[0],
+        tables[0].shape[0],
+        gate.shape[0],
         threads(),
     )
-    out = activation @ w_down.to(wide).T
-    return out.to(e.dtype), pre_gate.to(e.dtype), pre_up.to(e.dtype)
+    return (activation @ w_down.to(gate.dtype).T).to(e.dtype), pre_gate, pre_up
 
 
 def gated_merge_backward(

@@ -9,7 +9,7 @@ from latent_rl import _C
 from latent_rl.native._call import address, dtype_code
 from latent_rl.native._segments_cuda import current_stream, group_rows, segment_sum
 
-__all__ = ["gated_merge_backward_cuda", "gated_merge_forward_cuda"]
+__all__ = ["gated_merge_backward_cuda", "gated_merge_forward_cuda", "gated_merge_step_cuda"]
 
 
 def gated_merge_forward_cuda(
@@ -23,27 +23,51 @@ def gated_merge_forward_cuda(
     """
     hidden = e.shape[1]
     with torch.cuda.device(e.device):
-        codes = codes.contiguous()
-        pre_gate = torch.mm(e, w_gate[:, :hidden].T)
-        pre_up = torch.mm(e, w_up[:, :hidden].T)
-        # K rows alone: unrounded they cost nothing, and the sum below keeps their digits.
-        table_gate = _table(codebook, w_gate[:, hidden:])
-        table_up = _table(codebook, w_up[:, hidden:])
-        activation = torch.empty(pre_gate.shape, dtype=e.dtype, device=e.device)
-        _C.merge_forward_cuda(
-            dtype_code("gated_merge", pre_gate),
-            address(pre_gate),
-            address(pre_up),
-            address(table_gate),
-            address(table_up),
-            address(codes),
-            address(activation),
-            e.shape[0],
-            codebook.shape[0],
-            w_gate.shape[0],
-            current_stream(e),
-        )
-        return torch.mm(activation, w_down.T), pre_gate, pre_up
+        # K rows alone: unrounded they cost nothing, and the sum in the kernel keeps their digits.
+        tables = _table(codebook, w_gate[:, hidden:]), _table(codebook, w_up[:, hidden:])
+        return _merge(e, codes, tables, w_gate[:, :hidden], w_up[:, :hidden], w_down)
+
+
+def gated_merge_step_cuda(
+    e: Tensor, codes: Tensor, tables: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> Tensor:
+    """The block's output alone, from the code's share of both products made before.
+
+    As ``latent_rl.native.gated_merge.gated_merge_step``, for CUDA tensors: half of the two widest
+    weights is not even read. tables: float32 [2, K, I], contiguous.
+    """
+    hidden = e.shape[1]
+    with torch.cuda.device(e.device):
+        halves = w_gate[:, :hidden], w_up[:, :hidden]
+        return _merge(e, codes, (tables[0], tables[1]), *halves, w_down)[0]
+
+
+def _merge(
+    e: Tensor,
+    codes: Tensor,
+    tables: tuple[Tensor, Tensor],
+    gate: Tensor,
+    up: Tensor,
+    w_down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [N, H] and both pre-activations [N, I]; weights are e's halves, [I, H]."""
+    codes = codes.contiguous()
+    pre_gate, pre_up = torch.mm(e, gate.T), torch.mm(e, up.T)
+    activation = torch.empty(pre_gate.shape, dtype=e.dtype, device=e.device)
+    _C.merge_forward_cuda(
+        dtype_code("gated_merge", pre_gate),
+        address(pre_gate),
+        address(pre_up),
+        address(tables[0]),
+        address(tables[1]),
+        address(codes),
+        address(activation),
+        e.shape[0],
+        tables[0].shape[0],
+        gate.shape[0],
+        current_stream(e),
+    )
+    return torch.mm(activation, w_down.T), pre_gate, pre_up
 
 
 def gated_merge_backward_cuda(

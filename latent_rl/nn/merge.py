@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +25,38 @@ class MergeBlock(nn.Module):
         for weight in (self.w_gate, self.w_up, self.w_down):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
+    def tables(self, codebook: Tensor) -> Tensor:
+        """The code's share of the wide products, [2, K, I], for :meth:`forward` without gradient.
+
+        It holds for the weights and the codebook [K, D] as they are now.
+        """
+        dtype = autocast_dtype(codebook.device) or self.w_gate.dtype
+        gate, up = self.w_gate.to(dtype), self.w_up.to(dtype)
+        made: Tensor = ops.merge_tables(codebook.to(dtype), gate, up)
+        return made
+
     def forward(
-        self, e: Tensor, codes: Tensor, codebook: Tensor, code_vectors: Tensor | None = None
+        self,
+        e: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        code_vectors: Tensor | None = None,
+        tables: Tensor | None = None,
     ) -> Tensor:
         """[..., H], int64 [...], [K, D], [..., D] | None -> [..., H] in the weights' dtype.
 
         Without ``code_vectors`` half of the two wide products is a gather from a K-row table;
-        with them the gradient of the code goes to ``code_vectors`` (straight-through).
+        with them the gradient of the code goes to ``code_vectors`` (straight-through). With
+        ``tables`` the table is not made but read, and there is no gradient at all.
         """
         weights = [self.w_gate, self.w_up, self.w_down]
         dtype = autocast_dtype(e.device) or self.w_gate.dtype
-        e, codebook = e.to(dtype), codebook.to(dtype)
+        e = e.to(dtype)
         gate, up, down = (w.to(dtype) for w in weights)
+        if tables is not None:
+            step: Tensor = ops.gated_merge_step(e, codes, tables, gate, up, down)
+            return step
+        codebook = codebook.to(dtype)
         vectors = None if code_vectors is None else code_vectors.to(dtype)
         merged: Tensor = ops.gated_merge(e, codes, codebook, gate, up, down, code_vectors=vectors)
         return merged
@@ -56,20 +78,38 @@ class Merge(nn.Module):
             MergeBlock(hidden, code_dim, intermediate) for _ in range(blocks)
         )
 
+    def tables(self, codebook: Tensor) -> list[Tensor]:
+        """Per block what depends on the code alone, [2, K, I], for steps without gradient."""
+        return [cast(MergeBlock, block).tables(codebook) for block in self.blocks]
+
     def _chain(
-        self, e: Tensor, codes: Tensor, codebook: Tensor, code_vectors: Tensor | None
+        self,
+        e: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        code_vectors: Tensor | None,
+        tables: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """The last block's input plus output, and its output alone."""
         x = delta = e
-        for block in self.blocks:
-            delta = block(x, codes, codebook, code_vectors)
+        for i, block in enumerate(self.blocks):
+            made = None if tables is None else tables[i]
+            delta = block(x, codes, codebook, code_vectors, made)
             x = x + delta
         return x, delta
 
     def forward(
-        self, e: Tensor, codes: Tensor, codebook: Tensor, code_vectors: Tensor | None = None
+        self,
+        e: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        code_vectors: Tensor | None = None,
+        tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Merged state: e [..., H], codes int64 [...] in [0, K), codebook [K, D] -> [..., H]."""
+        """Merged state: e [..., H], codes int64 [...] in [0, K), codebook [K, D] -> [..., H].
+
+        ``tables`` of :meth:`tables` save most of the code's cost in steps without gradient.
+        """
         raise NotImplementedError
 
 
@@ -83,10 +123,15 @@ class ResidualMerge(Merge):
             nn.init.zeros_(block.w_down)  # type: ignore[arg-type]
 
     def forward(
-        self, e: Tensor, codes: Tensor, codebook: Tensor, code_vectors: Tensor | None = None
+        self,
+        e: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        code_vectors: Tensor | None = None,
+        tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """See :meth:`Merge.forward`."""
-        return self._chain(e, codes, codebook, code_vectors)[0]
+        return self._chain(e, codes, codebook, code_vectors, tables)[0]
 
 
 class NormDeltaMerge(Merge):
@@ -100,10 +145,15 @@ class NormDeltaMerge(Merge):
         self.norm = copy.deepcopy(norm)
 
     def forward(
-        self, e: Tensor, codes: Tensor, codebook: Tensor, code_vectors: Tensor | None = None
+        self,
+        e: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        code_vectors: Tensor | None = None,
+        tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """See :meth:`Merge.forward`."""
-        x, _ = self._chain(e, codes, codebook, code_vectors)
+        x, _ = self._chain(e, codes, codebook, code_vectors, tables)
         normed: Tensor = self.norm(x)
         return normed - e
 
@@ -119,9 +169,14 @@ class BlockMerge(Merge):
         self.norm = copy.deepcopy(norm)
 
     def forward(
-        self, e: Tensor, codes: Tensor, codebook: Tensor, code_vectors: Tensor | None = None
+        self,
+        e: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        code_vectors: Tensor | None = None,
+        tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """See :meth:`Merge.forward`."""
-        _, last = self._chain(e, codes, codebook, code_vectors)
+        _, last = self._chain(e, codes, codebook, code_vectors, tables)
         normed: Tensor = self.norm(last)
         return normed

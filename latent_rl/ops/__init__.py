@@ -1,7 +1,7 @@
 """The hot paths: torch ops with a PyTorch reference and C++, CUDA and Triton backends."""
 
 from latent_rl.ops.code_logprobs import CodeLogprobsOutput, code_logprobs
-from latent_rl.ops.gated_merge import gated_merge
+from latent_rl.ops.gated_merge import gated_merge, gated_merge_step, merge_tables
 from latent_rl.ops.gumbel_quantize import GumbelQuantizeOutput, gumbel_quantize
 from latent_rl.ops.nearest_code import nearest_code
 from latent_rl.ops.quantize import QuantizeOutput, quantize
@@ -16,7 +16,9 @@ __all__ = [
     "SampleCodesOutput",
     "code_logprobs",
     "gated_merge",
+    "gated_merge_step",
     "gumbel_quantize",
+    "merge_tables",
     "nearest_code",
     "quantize",
     "row_seeds",

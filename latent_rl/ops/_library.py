@@ -46,10 +46,16 @@ def define(
 
     def kernel(*args: Any) -> Any:
         first = args[0]
-        request = backends.Request(first.device, first.dtype)
+        device = first.device
+        request = backends.Request(device, first.dtype)
         _NVTX.push_range(message)
         try:
-            result = backends.implementation(op, function, request)(*args)
+            if torch.is_autocast_enabled(device.type):
+                # What an implementation multiplies in float32 must stay float32.
+                with torch.autocast(device.type, enabled=False):
+                    result = backends.implementation(op, function, request)(*args)
+            else:
+                result = backends.implementation(op, function, request)(*args)
             return result if finish is None else finish(result)
         finally:
             _NVTX.pop_range()

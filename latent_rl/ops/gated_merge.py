@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from latent_rl.ops import _checks
-from latent_rl.ops._library import define
+from latent_rl.ops._library import accumulator, define
 
-__all__ = ["gated_merge"]
+__all__ = ["gated_merge", "gated_merge_step", "merge_tables"]
 
 OP = "gated_merge"
 
@@ -53,6 +53,12 @@ def _backward_fake(
     )
 
 
+def _step_fake(
+    e: Tensor, codes: Tensor, tables: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> Tensor:
+    return e.new_empty(e.shape)
+
+
 def _fill_absent(result: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     like = next(value for value in result if value is not None)
     return tuple(like.new_empty(0) if value is None else value for value in result)
@@ -64,6 +70,12 @@ define(
     "(Tensor e, Tensor codes, Tensor codebook, Tensor w_gate, Tensor w_up, Tensor w_down)"
     " -> (Tensor, Tensor, Tensor)",
     _merge_fake,
+)
+define(
+    OP,
+    "gated_merge_step",
+    "(Tensor e, Tensor codes, Tensor tables, Tensor w_gate, Tensor w_up, Tensor w_down) -> Tensor",
+    _step_fake,
 )
 define(
     OP,
@@ -168,6 +180,99 @@ def gated_merge(
     out: Tensor = apply(
         flat[0], codes.reshape(-1), codebook, w_gate, w_up, w_down, flat[1], flat[2]
     )[0]
+    return out.reshape(e.shape)
+
+
+@torch.no_grad()
+def merge_tables(codebook: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """The code's share of both wide products for every code: ``codebook W_c^T``, twice.
+
+    Args:
+        codebook: [K, D].
+        w_gate, w_up: [I, H + D], same dtype and device.
+
+    Returns:
+        [2, K, I], gate before up; float32 (float64 for float64), contiguous, without gradient.
+
+    Raises:
+        TypeError: for dtypes. ValueError: for shapes and devices.
+    """
+    _checks.check_float(OP, "codebook", codebook)
+    _checks.check_ndim(OP, "codebook", codebook, 2, "[K, D]")
+    _checks.check_codebook(OP, codebook)
+    width = codebook.shape[1]
+    for name, weight in (("w_gate", w_gate), ("w_up", w_up)):
+        _checks.check_float(OP, name, weight)
+        _checks.check_like(OP, name, weight, "codebook", codebook)
+        _checks.check_ndim(OP, name, weight, 2, "[I, H + D]")
+        if weight.shape[1] <= width:
+            raise ValueError(
+                f"{OP}: {name} must have shape [I, H + D] with D = {width} and H >= 1, "
+                f"got {list(weight.shape)}"
+            )
+    _checks.check_shape(OP, "w_up", w_up, tuple(w_gate.shape))
+    wide = accumulator(codebook)
+    with torch.autocast(codebook.device.type, enabled=False):
+        rows = codebook.to(wide)
+        return torch.stack([rows @ weight[:, -width:].to(wide).T for weight in (w_gate, w_up)])
+
+
+def gated_merge_step(
+    e: Tensor, codes: Tensor, tables: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> Tensor:
+    """``gated_merge`` for a decoding step: the code's share of the products is looked up.
+
+    Where rows are few, the K rows of the table cost as much as the products themselves. Made once
+    for all steps (:func:`merge_tables`), half of the two widest weights is never read again. Not
+    differentiable.
+
+    Args:
+        e: [..., H]; float32, bfloat16, float16 or float64.
+        codes: int64 [...], in [-1, K); -1 gives a NaN row.
+        tables: [2, K, I] of ``merge_tables`` for these weights, contiguous.
+        w_gate, w_up: [I, H + D], of which the first H columns are read.
+        w_down: [H, I].
+
+    Returns:
+        [..., H], in e's dtype; equal to ``gated_merge`` up to the rounding of the products.
+
+    Raises:
+        TypeError: for dtypes. ValueError: for shapes, devices or code range (checked on the CPU).
+    """
+    _checks.check_float(OP, "e", e)
+    if e.ndim < 1:
+        raise ValueError(f"{OP}: e must have shape [..., H], got a scalar")
+    _checks.check_codes(OP, "codes", codes)
+    _checks.check_shape(OP, "codes", codes, tuple(e.shape[:-1]))
+    _checks.check_device(OP, "codes", codes, "e", e)
+    hidden, inner = e.shape[-1], w_gate.shape[0]
+    for name, weight in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
+        _checks.check_float(OP, name, weight)
+        _checks.check_like(OP, name, weight, "e", e)
+        _checks.check_ndim(OP, name, weight, 2, "[H, I]" if name == "w_down" else "[I, H + D]")
+    if w_gate.shape[1] <= hidden:
+        raise ValueError(
+            f"{OP}: w_gate must have shape [I, H + D] with H = {hidden} and D >= 1, "
+            f"got {list(w_gate.shape)}"
+        )
+    _checks.check_shape(OP, "w_up", w_up, tuple(w_gate.shape))
+    _checks.check_shape(OP, "w_down", w_down, (hidden, inner))
+    _checks.check_device(OP, "tables", tables, "e", e)
+    if tables.dtype != accumulator(e):
+        raise TypeError(f"{OP}: tables must be {accumulator(e)}, got {tables.dtype}")
+    _checks.check_ndim(OP, "tables", tables, 3, "[2, K, I]")
+    _checks.check_shape(OP, "tables", tables, (2, tables.shape[1], inner))
+    if not tables.is_contiguous():
+        raise ValueError(f"{OP}: tables must be contiguous, got strides {tables.stride()}")
+    _checks.check_code_range(OP, "codes", codes, tables.shape[1])
+    out: Tensor = torch.ops.latent_rl.gated_merge_step(
+        e.detach().reshape(-1, hidden),
+        codes.reshape(-1),
+        tables.detach(),
+        w_gate.detach(),
+        w_up.detach(),
+        w_down.detach(),
+    )
     return out.reshape(e.shape)
 
 

@@ -26,6 +26,28 @@ def gated_merge_forward(
     return out.masked_fill((codes < 0)[:, None], torch.nan), pre_gate, pre_up
 
 
+def gated_merge_step(
+    e: Tensor, codes: Tensor, tables: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+) -> Tensor:
+    """The block's output alone, from the code's share of both products made before.
+
+    Args:
+        e: [N, H]. codes: int64 [N].
+        tables: [2, K, I], the codebook through the last D columns of w_gate and w_up; float32
+            (float64 for float64).
+        w_gate, w_up: [I, H + D], of which the first H columns are used. w_down: [H, I].
+
+    Returns:
+        out [N, H] (NaN rows where the code is -1).
+    """
+    hidden, wide = e.shape[1], tables.dtype
+    entry = tables[:, codes.clamp(min=0)]
+    pre_gate = F.linear(e.to(wide), w_gate[:, :hidden].to(wide)) + entry[0]
+    pre_up = F.linear(e.to(wide), w_up[:, :hidden].to(wide)) + entry[1]
+    out = F.linear(F.silu(pre_gate) * pre_up, w_down.to(wide)).to(e.dtype)
+    return out.masked_fill((codes < 0)[:, None], torch.nan)
+
+
 def gated_merge_backward(
     grad_out: Tensor,
     e: Tensor,

@@ -184,7 +184,7 @@ def test_the_plan_counts_what_is_allocated(qwen, trio) -> None:
     handle = decoder.start(trio, max_new_tokens=5, return_hidden=True)
     space, results = decoder._workspace, handle._results
     assert space is not None
-    assert plan.cache_bytes == space.num_bytes
+    assert plan.cache_bytes + plan.tables_bytes == space.num_bytes
     assert plan.results_bytes + plan.replay_bytes == results.num_bytes
     assert plan.weights_bytes == sum(
         t.numel() * t.element_size() for t in (*qwen.model.parameters(), *qwen.model.buffers())
@@ -194,7 +194,7 @@ def test_the_plan_counts_what_is_allocated(qwen, trio) -> None:
 
 
 def test_a_plan_that_does_not_fit_says_what_to_lower() -> None:
-    plan = DecodePlan(10, 3 << 30, 1 << 20, 2 << 30)
+    plan = DecodePlan(10, 3 << 30, 0, 1 << 20, 2 << 30)
     plan.fit(6 << 30)
     with pytest.raises(
         MemoryError,

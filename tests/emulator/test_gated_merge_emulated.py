@@ -69,6 +69,17 @@ def test_forward_equals_the_reference(module, in_every_order, shape, dtype) -> N
         close(mine, exact, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_with_tables_equals_the_reference(module, in_every_order, shape, dtype) -> None:
+    e, codes, codebook, *weights = inputs(shape, dtype)
+    codes[::3] = -1
+    tables = ops.merge_tables(codebook, *weights[:2])
+    given = (e, codes, tables, *weights)
+    got = in_every_order(module, lambda: native.gated_merge_step_cuda(*given))
+    close(got, reference.gated_merge_step(*widened(given)), dtype)
+
+
 @pytest.mark.parametrize("stand_in", ["none", "vectors", "probs"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -88,6 +88,18 @@ def test_equals_the_reference(cuda, dtype, shape, stand_in, monkeypatch) -> None
         )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_with_tables_equals_the_block(cuda, dtype, shape, monkeypatch) -> None:
+    given = inputs(shape, dtype, cuda)
+    given[1][::5] = -1
+    e, codes, codebook, *weights = given
+    tables = ops.merge_tables(codebook, *weights[:2])
+    got = ops.gated_merge_step(e, codes, tables, *weights)
+    exact, _ = reference(given, monkeypatch)
+    bound = TOLERANCE[dtype]
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=bound, atol=bound, equal_nan=True)
+
+
 def test_bitwise_repeatable(cuda, dtype) -> None:
     given = inputs(SHAPES[3], dtype, cuda)
     first, first_grads = merged(given)

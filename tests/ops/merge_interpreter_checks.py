@@ -69,6 +69,21 @@ def test_equals_the_reference(shape, dtype) -> None:
     check(inputs(shape, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_with_tables_is_the_forward(shape, dtype) -> None:
+    """Bit for bit: the same kernel on the same table."""
+    given = inputs(shape, dtype)
+    given[1][0] = -1
+    e, codes, codebook, *weights = given
+    tables = ops.merge_tables(codebook, *weights[:2])
+    got = ops.gated_merge_step(e, codes, tables, *weights)
+    expected = triton_impl.gated_merge_forward(*given)[0]
+    assert got.dtype == dtype
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+    assert got[0].isnan().all()
+
+
 def test_rows_without_a_code() -> None:
     given = inputs(SHAPES[1], torch.float16)
     given[1][[3, 36]] = -1

@@ -52,6 +52,39 @@ def test_error_is_within_that_of_the_same_dtype_composition(backend, dtype) -> N
     torch.testing.assert_close(got, exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_with_tables_equals_the_block(backend, dtype) -> None:
+    arguments = inputs(dtype)
+    arguments["codes"][3] = -1
+    codebook = arguments.pop("codebook")
+    tables = ops.merge_tables(codebook, arguments["w_gate"], arguments["w_up"])
+    assert tables.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = gated_merge_forward(
+        *(t if t.dtype == torch.int64 else t.double() for t in inputs_in_order(arguments, codebook))
+    )[0]
+    got = ops.gated_merge_step(**arguments, tables=tables)
+    assert got.dtype == dtype
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert got[3].isnan().all()
+
+
+def inputs_in_order(arguments, codebook):
+    return [arguments["e"], arguments["codes"], codebook, *list(arguments.values())[2:]]
+
+
+def test_autocast_around_an_op_does_not_reach_into_it(backend) -> None:
+    arguments = inputs()
+    step = {name: t for name, t in arguments.items() if name != "codebook"}
+    outside = ops.gated_merge(**arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        tables = ops.merge_tables(*(arguments[n] for n in ("codebook", "w_gate", "w_up")))
+        inside = ops.gated_merge(**arguments), ops.gated_merge_step(**step, tables=tables)
+    assert tables.dtype == torch.float32
+    assert torch.equal(inside[0], outside)
+    torch.testing.assert_close(inside[1], outside, rtol=1e-5, atol=1e-5)
+
+
 # gradients
 
 
@@ -162,6 +195,16 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.latent_rl.gated_merge_forward.default, tuple(inputs().values()))
 
 
+def test_opcheck_of_the_step() -> None:
+    arguments = inputs()
+    codebook = arguments.pop("codebook")
+    tables = ops.merge_tables(codebook, arguments["w_gate"], arguments["w_up"])
+    e, codes, *weights = arguments.values()
+    torch.library.opcheck(
+        torch.ops.latent_rl.gated_merge_step.default, (e, codes, tables, *weights)
+    )
+
+
 def test_compiled_equals_eager() -> None:
     arguments = inputs()
     wanted = leaves(arguments)
@@ -226,3 +269,33 @@ def test_both_stand_ins_are_refused() -> None:
         ops.gated_merge(
             **inputs(), code_vectors=torch.zeros(N, WIDTH), code_probs=torch.zeros(N, CODES)
         )
+
+
+TABLES = torch.zeros(2, CODES, INNER)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"tables": TABLES[:1]}, ValueError, r"tables must have shape \[2, 5, 17\]"),
+        ({"tables": TABLES.half()}, TypeError, "tables must be torch.float32"),
+        ({"tables": TABLES.transpose(1, 2)}, ValueError, "tables must have shape"),
+        ({"tables": TABLES.expand(2, 5, 17)[:, :, ::1].mT.contiguous().mT}, ValueError, "contig"),
+        ({"codes": torch.full((N,), CODES)}, ValueError, r"codes must lie in \[-1, 5\)"),
+        ({"w_gate": torch.zeros(INNER, HIDDEN)}, ValueError, "D >= 1"),
+        ({"w_down": torch.zeros(HIDDEN, 3)}, ValueError, "w_down must have shape"),
+        ({"e": torch.zeros(N, HIDDEN).half()}, TypeError, "w_gate must have e's dtype"),
+    ],
+)
+def test_bad_input_of_a_step_is_named(change, kind, message) -> None:
+    given = {name: t for name, t in inputs().items() if name != "codebook"}
+    with pytest.raises(kind, match=f"gated_merge: .*{message}"):
+        ops.gated_merge_step(**{**given, "tables": TABLES, **change})
+
+
+def test_bad_input_of_tables_is_named() -> None:
+    codebook, weight = torch.zeros(CODES, WIDTH), torch.zeros(INNER, HIDDEN + WIDTH)
+    with pytest.raises(ValueError, match="w_gate must have shape"):
+        ops.merge_tables(codebook, weight[:, :WIDTH], weight)
+    with pytest.raises(TypeError, match="w_up must have codebook's dtype"):
+        ops.merge_tables(codebook, weight, weight.half())

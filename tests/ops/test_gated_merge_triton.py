@@ -81,6 +81,7 @@ def test_compiles_and_uses_the_matrix_unit(capability, config, element, hidden) 
         "BLOCK_I": config.block_i,
         "BLOCK_H": config.block_h,
         "GROUP": triton_impl.GROUP_N,
+        "KEEP": hidden == 2048,
     }
     # torch aligns its memory, and real widths are multiples of 16: what the launcher finds out.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name != "N"}
