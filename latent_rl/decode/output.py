@@ -119,7 +119,7 @@ class Results:
         """The row of idle slots."""
         return self.ids.shape[0] - 1
 
-    def record(self, said: Said, requests: Tensor, at: slice, *, decoded: bool) -> None:
+    def record(self, said: Said, requests: Tensor, at: slice, *, decoded: bool, idle: bool) -> None:
         """Write what the slots ``at`` said.
 
         Args:
@@ -127,10 +127,12 @@ class Results:
             requests: int64 [n], the slots' rows.
             at: n slots.
             decoded: the states belong to new positions, not to the prompts' last.
+            idle: some of the slots may have said nothing.
         """
-        idle = said.columns[at] < 0
-        columns = said.columns[at].clamp_min(0)
-        requests = requests.masked_fill(idle, self.spare)
+        columns = said.columns[at]
+        if idle:
+            requests = requests.masked_fill(columns < 0, self.spare)
+            columns = columns.clamp_min(0)
         self.ids[requests, columns] = said.ids[at]
         self.numbers[requests, columns] = said.numbers[at]
         if decoded and self.hidden is not None:

@@ -127,24 +127,36 @@ class DecodeRun:
             model.train(was_training)
 
     def _decode(self) -> Iterator[Piece]:
-        space = self._space
         while self._queue or self._slots:
             # Left before a piece is handed out: what its receiver does is not ours to change.
             with torch.no_grad():
                 self._admit()
-                for _ in range(space.check_every):
+                pieces = self._speak()
+            yield from pieces
+
+    def _speak(self) -> list[Piece]:
+        """Step until there is something to hand out, or a free slot for the queue, or the end."""
+        with attention_of(self._model.decoder, self._model.latent.policy.tower):
+            # A first token may have been a last one.
+            pieces = self._look()
+            while self._slots and not pieces and not (self._queue and self._free_slots):
+                for _ in range(self._space.check_every):
                     if all(slot.said >= self._job.limits[slot.request] for slot in self._slots):
                         break
                     self._advance()
                 pieces = self._look()
-            yield from pieces
+        return pieces
+
+    @property
+    def _free_slots(self) -> int:
+        return self._space.slots - len(self._slots)
 
     # Slots are filled ...
 
     def _admit(self) -> None:
         """Fill free slots from the queue; a prompt is read when its first request comes."""
         group = self._job.num_generations
-        while self._queue and (free := self._space.slots - len(self._slots)):
+        while self._queue and (free := self._free_slots):
             prompt = self._queue[0] // group
             if prompt not in self._prefills:
                 self._read_prompts(self._next_prompts(free))
@@ -230,7 +242,7 @@ class DecodeRun:
         n = len(requests)
         logits = None if read.policy_logits is None else read.policy_logits.expand(n, -1)
         self._step().act(at, read.state.expand(n, -1), logits, read.hidden.dtype)
-        self._results.record(space.said, space.requests[at], at, decoded=False)
+        self._results.record(space.said, space.requests[at], at, decoded=False, idle=False)
         for slot in self._slots[at]:
             slot.said = 1
 
@@ -258,9 +270,11 @@ class DecodeRun:
         at = slice(0, n)
         self._steer(at)
         longest = max(slot.cached for slot in self._slots)
-        with attention_of(self._model.decoder, self._model.latent.policy.tower):
-            space.advance(self._step(), n, longest)
-        self._results.record(space.said, space.requests[at], at, decoded=True)
+        space.advance(self._step(), n, longest)
+        # Where every step is looked at, the slots that ended are gone.
+        self._results.record(
+            space.said, space.requests[at], at, decoded=True, idle=space.check_every > 1
+        )
         for slot in self._slots:
             # An ended slot no longer advances; its host count may run ahead until the next look.
             slot.said = min(slot.said + 1, self._job.limits[slot.request])
@@ -270,6 +284,9 @@ class DecodeRun:
     def _look(self) -> list[Piece]:
         """Find the slots that ended; free them; report what is new."""
         rows, n = self._space.rows, len(self._slots)
+        quiet = not (self._streams or self._stop)
+        if quiet and bool(rows.active[:n].all()):
+            return []
         said, active = torch.stack((rows.steps[:n], rows.active[:n])).tolist()
         pieces = []
         for index in reversed(range(n)):
