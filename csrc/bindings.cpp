@@ -235,45 +235,52 @@ void logprobs_backward(int dtype_code, Address logits, Address ref_logits, Addre
       threads);
 }
 
-void slot_attention(int dtype_code, Address query, Address keys, Address values, Address begins,
-                    Address ends, Address out, double scale, int64_t rows, int64_t length,
+void check_runs(const int64_t* runs, int64_t rows, int64_t longest, int64_t positions) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const VisibleRuns seen(runs + 5 * row, longest);
+    const bool shared_fits =
+        seen.shared_count == 0 ||
+        (seen.shared_at >= 0 && seen.shared_at <= positions - seen.shared_count);
+    const bool own_fits =
+        seen.own_count == 0 || (seen.own_at >= 0 && seen.own_at <= positions - seen.own_count);
+    if (shared_fits && own_fits) continue;
+    const int64_t at = shared_fits ? seen.own_at : seen.shared_at;
+    const int64_t count = shared_fits ? seen.own_count : seen.shared_count;
+    throw std::invalid_argument("slot_attention: runs must lie within the " +
+                                std::to_string(positions) + " positions of keys, got " +
+                                std::to_string(at) + " to " + std::to_string(at + count - 1) +
+                                " in row " + std::to_string(row));
+  }
+}
+
+void slot_attention(int dtype_code, Address query, Address keys, Address values, Address runs,
+                    Address out, double scale, int64_t rows, int64_t positions, int64_t longest,
                     int64_t query_heads, int64_t key_heads, int64_t dim, int64_t value_dim,
                     const std::vector<int64_t>& key_strides,
                     const std::vector<int64_t>& value_strides, int threads) {
   const char* op = "slot_attention";
   const DType dtype = check_dtype(op, "query", dtype_code);
   check_size(op, "rows", rows, 0);
-  check_size(op, "length", length, 1);
+  check_size(op, "positions", positions, 1);
+  check_size(op, "longest", longest, 1);
   check_size(op, "key_heads", key_heads, 1);
   check_size(op, "query_heads", query_heads, key_heads);
   check_size(op, "dim", dim, 1);
   check_size(op, "value_dim", value_dim, 1);
-  if (query_heads % key_heads != 0 || key_strides.size() != 3 || value_strides.size() != 3) {
+  if (query_heads % key_heads != 0 || key_strides.size() != 2 || value_strides.size() != 2) {
     throw std::invalid_argument(
         "slot_attention: query_heads must be a multiple of key_heads, and keys and values have "
-        "three strides each");
+        "two strides each");
   }
+  check_runs(ids(op, "runs", runs, 5 * rows), rows, longest, positions);
   run(op, &OpTable::slot_attention,
-      SlotAttentionArgs{dtype,
-                        data(op, "query", query, rows * query_heads * dim, dtype),
-                        data(op, "keys", keys, rows * length * key_heads * dim, dtype),
-                        data(op, "values", values, rows * length * key_heads * value_dim, dtype),
-                        ids(op, "begins", begins, rows),
-                        ids(op, "ends", ends, rows),
-                        data(op, "out", out, rows * query_heads * value_dim, dtype),
-                        scale,
-                        rows,
-                        length,
-                        query_heads,
-                        key_heads,
-                        dim,
-                        value_dim,
-                        key_strides[0],
-                        key_strides[1],
-                        key_strides[2],
-                        value_strides[0],
-                        value_strides[1],
-                        value_strides[2]},
+      SlotAttentionArgs{dtype, data(op, "query", query, rows * query_heads * dim, dtype),
+                        data(op, "keys", keys, positions * key_heads * dim, dtype),
+                        data(op, "values", values, positions * key_heads * value_dim, dtype),
+                        ids(op, "runs", runs, 5 * rows),
+                        data(op, "out", out, rows * query_heads * value_dim, dtype), scale, rows,
+                        positions, longest, query_heads, key_heads, dim, value_dim, key_strides[0],
+                        key_strides[1], value_strides[0], value_strides[1]},
       threads);
 }
 

@@ -161,18 +161,36 @@ struct LogprobsBackwardArgs {
   int64_t row_stride, ref_row_stride;
 };
 
+// What a row sees: `shared_count` positions from `shared_at` on, then `own_count` from `own_at` on.
+struct VisibleRuns {
+  int64_t shared_at, shared_count, own_at, own_count;
+
+  // Position j < shared lies at shared_at + j, others at own_at + j - shared; begin <= j < end are
+  // seen, none from `longest` on.
+  VisibleRuns(const int64_t* run, int64_t longest) {
+    const int64_t shared = run[3] > 0 ? run[3] : 0;
+    const int64_t begin = run[0] > 0 ? run[0] : 0;
+    const int64_t end = run[1] < longest ? run[1] : longest;
+    const int64_t shared_end = end < shared ? end : shared;
+    const int64_t own_begin = begin > shared ? begin : shared;
+    shared_at = run[2] + begin;
+    shared_count = shared_end > begin ? shared_end - begin : 0;
+    own_at = run[4] + own_begin - shared;
+    own_count = end > own_begin ? end - own_begin : 0;
+  }
+};
+
 struct SlotAttentionArgs {
   DType dtype;
-  const void* query;      // [N, query_heads, dim], contiguous
-  const void* keys;       // [N, length, key_heads, dim], heads contiguous
-  const void* values;     // [N, length, key_heads, value_dim]
-  const int64_t* begins;  // [N], first visible position
-  const int64_t* ends;    // [N], one past the last
-  void* out;              // [N, query_heads, value_dim]
+  const void* query;    // [N, query_heads, dim], contiguous
+  const void* keys;     // [positions, key_heads, dim], heads contiguous
+  const void* values;   // [positions, key_heads, value_dim]
+  const int64_t* runs;  // [N, 5], begin, end, shared_at, shared, own_at: see VisibleRuns
+  void* out;            // [N, query_heads, value_dim]
   double scale;
-  int64_t rows, length, query_heads, key_heads, dim, value_dim;
-  int64_t key_row_stride, key_stride, key_head_stride;
-  int64_t value_row_stride, value_stride, value_head_stride;
+  int64_t rows, positions, longest, query_heads, key_heads, dim, value_dim;
+  int64_t key_stride, key_head_stride;
+  int64_t value_stride, value_head_stride;
 };
 
 struct OpTable {

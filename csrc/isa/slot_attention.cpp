@@ -1,4 +1,4 @@
-// slot_attention: one query position per row over the keys of its own slot.
+// slot_attention: one query position per row over a run of shared keys and one of its own.
 //
 // One task is a row's key head and the queries that share it, so its keys come from memory once and
 // for the other queries from cache. Eight keys at a time are scored and their sums transposed
@@ -177,9 +177,30 @@ struct Visible {
   int64_t count;
 };
 
-// Scratch of one thread: scaled queries [kMostQueries, dim], scores [kMostQueries, length].
+// Scores of one run of keys go to `scores` [kQueries, stride], which has room for eight more.
 template <int kQueries, typename T>
-void attend(const SlotAttentionArgs& args, const Visible<T>& seen, int64_t first_query,
+void score_run(const SlotAttentionArgs& args, const Visible<T>& seen, const Acc<T>* queries,
+               Acc<T>* scores, int64_t score_stride) {
+  using V = typename LanesOf<T>::type;
+  V products[kQueries];
+  for (int64_t j = 0; j < seen.count; j += kKeys) {
+    const T* keys = seen.keys + j * args.key_stride;
+    if (j + kKeys <= seen.count) {
+      score_keys<kQueries, true>(queries, keys, args.key_stride, kKeys, args.dim, products);
+    } else {
+      score_keys<kQueries, false>(queries, keys, args.key_stride, seen.count - j, args.dim,
+                                  products);
+    }
+    // Lanes past the run's end are overwritten by the next run.
+    for (int g = 0; g < kQueries; ++g) {
+      memcpy(scores + g * score_stride + j, &products[g], sizeof(V));
+    }
+  }
+}
+
+// Scratch of one thread: scaled queries [kMostQueries, dim], scores [kMostQueries, score_stride].
+template <int kQueries, typename T>
+void attend(const SlotAttentionArgs& args, const Visible<T> (&seen)[2], int64_t first_query,
             Acc<T>* scratch, int64_t score_stride) {
   using A = Acc<T>;
   using V = typename LanesOf<T>::type;
@@ -189,33 +210,25 @@ void attend(const SlotAttentionArgs& args, const Visible<T>& seen, int64_t first
   for (int64_t d = 0; d < kQueries * args.dim; ++d) {
     queries[d] = static_cast<A>(to_double(q[d]) * args.scale);
   }
-  int64_t j = 0;
-  V products[kQueries];
-  for (; j + kKeys <= seen.count; j += kKeys) {
-    score_keys<kQueries, true>(queries, seen.keys + j * args.key_stride, args.key_stride, kKeys,
-                               args.dim, products);
-    for (int g = 0; g < kQueries; ++g) {
-      memcpy(scores + g * score_stride + j, &products[g], sizeof(V));
-    }
+  score_run<kQueries>(args, seen[0], queries, scores, score_stride);
+  score_run<kQueries>(args, seen[1], queries, scores + seen[0].count, score_stride);
+  for (int g = 0; g < kQueries; ++g) {
+    softmax_row(scores + g * score_stride, seen[0].count + seen[1].count);
   }
-  if (j < seen.count) {
-    score_keys<kQueries, false>(queries, seen.keys + j * args.key_stride, args.key_stride,
-                                seen.count - j, args.dim, products);
-    for (int g = 0; g < kQueries; ++g) {
-      memcpy(scores + g * score_stride + j, &products[g], sizeof(V));
-    }
-  }
-  for (int g = 0; g < kQueries; ++g) softmax_row(scores + g * score_stride, seen.count);
   T* out = static_cast<T*>(args.out) + first_query * args.value_dim;
   for (int64_t e = 0; e < args.value_dim; e += kLanesD) {
     const int64_t left = args.value_dim - e;
-    V sums[kQueries];
-    add_values<kQueries>(scores, score_stride, seen.values + e, args.value_stride, seen.count, left,
-                         sums);
+    V shared[kQueries];
+    V own[kQueries];
+    add_values<kQueries>(scores, score_stride, seen[0].values + e, args.value_stride, seen[0].count,
+                         left, shared);
+    add_values<kQueries>(scores + seen[0].count, score_stride, seen[1].values + e,
+                         args.value_stride, seen[1].count, left, own);
     for (int g = 0; g < kQueries; ++g) {
+      const V sum = shared[g] + own[g];
       T* to = out + g * args.value_dim + e;
       for (int64_t lane = 0; lane < left && lane < kLanesD; ++lane) {
-        store(to + lane, static_cast<double>(sums[g][lane]));
+        store(to + lane, static_cast<double>(sum[lane]));
       }
     }
   }
@@ -225,13 +238,15 @@ template <typename T>
 void attend_head(const SlotAttentionArgs& args, int64_t row, int64_t head, Acc<T>* scratch,
                  int64_t score_stride) {
   const int64_t group = args.query_heads / args.key_heads;
-  const int64_t begin = args.begins[row] < 0 ? 0 : args.begins[row];
-  const int64_t end = args.ends[row] > args.length ? args.length : args.ends[row];
-  const Visible<T> seen = {static_cast<const T*>(args.keys) + row * args.key_row_stride +
-                               begin * args.key_stride + head * args.key_head_stride,
-                           static_cast<const T*>(args.values) + row * args.value_row_stride +
-                               begin * args.value_stride + head * args.value_head_stride,
-                           end > begin ? end - begin : 0};
+  const VisibleRuns runs(args.runs + 5 * row, args.longest);
+  const T* keys = static_cast<const T*>(args.keys) + head * args.key_head_stride;
+  const T* values = static_cast<const T*>(args.values) + head * args.value_head_stride;
+  const auto at = [&](int64_t position, int64_t count) {
+    const int64_t from = count > 0 ? position : 0;
+    return Visible<T>{keys + from * args.key_stride, values + from * args.value_stride, count};
+  };
+  const Visible<T> seen[2] = {at(runs.shared_at, runs.shared_count),
+                              at(runs.own_at, runs.own_count)};
   const int64_t first = row * args.query_heads + head * group;
   int64_t g = 0;
   for (; g + 4 <= group; g += 4) attend<4>(args, seen, first + g, scratch, score_stride);
@@ -246,11 +261,17 @@ void slot_attention(const SlotAttentionArgs& args, int threads) {
   if (tasks == 0) return;
   with_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const int64_t score_stride = (args.length + 15) / 16 * 16;
+    int64_t most = 0;
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const VisibleRuns runs(args.runs + 5 * row, args.longest);
+      const int64_t count = runs.shared_count + runs.own_count;
+      most = count > most ? count : most;
+    }
+    const int64_t score_stride = (most + kKeys + 15) / 16 * 16;
     const int64_t numbers = kMostQueries * ((args.dim + 15) / 16 * 16 + score_stride);
     const Scratch scratch(static_cast<size_t>(numbers * threads) * sizeof(Acc<T>));
     const int64_t group = args.query_heads / args.key_heads;
-    const int64_t work = group * args.length * (args.dim + args.value_dim) / 8;
+    const int64_t work = group * most * (args.dim + args.value_dim) / 8;
     parallel_rows(
         tasks, rows_per_task(tasks, work), threads, [&](int64_t begin, int64_t end, int thread) {
           Acc<T>* mine = static_cast<Acc<T>*>(scratch.data()) + numbers * thread;

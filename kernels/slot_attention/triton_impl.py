@@ -1,8 +1,8 @@
 """Triton backend of slot_attention: one program per row, key head and stretch of positions.
 
 Stretches are cut at fixed positions, whatever the batch and the longest row, and joined in order:
-a row's result depends on its own slot alone, bit for bit. Programs whose stretch a row does not
-reach leave at once, so the cost follows the positions that are really there.
+a row's result depends on its own positions alone, bit for bit. Programs whose stretch a row does
+not reach leave at once, so the cost follows the positions that are really there.
 """
 
 from __future__ import annotations
@@ -41,19 +41,17 @@ LEAST_QUERIES = 16
 @triton.jit
 def _slot_attention_stretch_kernel(
     query_ptr,  # [N, Hq, D]
-    keys_ptr,  # [N, L, Hk, D], strides below
-    values_ptr,  # [N, L, Hk, E]
-    begins_ptr,  # int64 [N]
-    ends_ptr,  # int64 [N]
+    keys_ptr,  # [S, Hk, D], strides below
+    values_ptr,  # [S, Hk, E]
+    runs_ptr,  # int64 [N, 5]: begin, end, shared_at, shared, own_at
     top_ptr,  # float32 [N, Hq, S], the largest score; -inf where nothing is visible
     mass_ptr,  # float32 [N, Hq, S], sum of exp(score - top)
     sum_ptr,  # float32 [N, Hq, S, E], the same times values
     scale,
-    length,
-    key_row,
+    positions,
+    longest,
     key_position,
     key_head,
-    value_row,
     value_position,
     value_head,
     stretches,
@@ -76,8 +74,9 @@ def _slot_attention_stretch_kernel(
     out = (first_query + g) * stretches + stretch
 
     start = stretch * STRETCH
-    begin = tl.maximum(tl.load(begins_ptr + row), start)
-    end = tl.minimum(tl.minimum(tl.load(ends_ptr + row), length), start + STRETCH)
+    run = runs_ptr + row * 5
+    begin = tl.maximum(tl.load(run), start)
+    end = tl.minimum(tl.minimum(tl.load(run + 1), longest), start + STRETCH)
     top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_G,), tl.float32)
     total = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
@@ -87,11 +86,17 @@ def _slot_attention_stretch_kernel(
             mask=(g < GROUP)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        key_base = keys_ptr + row * key_row + head * key_head
-        value_base = values_ptr + row * value_row + head * value_head
+        shared_at = tl.load(run + 2)
+        shared = tl.load(run + 3)
+        own_at = tl.load(run + 4)
+        key_base = keys_ptr + head * key_head
+        value_base = values_ptr + head * value_head
         for offset in range(0, STRETCH, BLOCK_L):
-            at = start + offset + tl.arange(0, BLOCK_L).to(tl.int64)
-            seen = (at >= begin) & (at < end)
+            position = start + offset + tl.arange(0, BLOCK_L).to(tl.int64)
+            seen = (position >= begin) & (position < end)
+            at = position + tl.where(position < shared, shared_at, own_at - shared)
+            # Nothing may be read outside the storage, whatever the runs say.
+            at = tl.minimum(tl.maximum(at, 0), positions - 1)
             key = tl.load(
                 key_base + at[None, :] * key_position + d[:, None],
                 mask=seen[None, :] & (d < D)[:, None],
@@ -154,7 +159,7 @@ def _slot_attention_join_kernel(
 
 
 def slot_attention(
-    query: Tensor, keys: Tensor, values: Tensor, begins: Tensor, ends: Tensor, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, runs: Tensor, longest: int, scale: float
 ) -> Tensor:
     """Contract and arguments as the reference, without float64; no host synchronisation."""
     dtype = query.dtype
@@ -163,12 +168,12 @@ def slot_attention(
         query, keys, values = query.float(), keys.float(), values.float()
     query, keys, values = query.contiguous(), _heads(keys), _heads(values)
     rows, heads, dim = query.shape
-    length, key_heads, width = keys.shape[1], keys.shape[2], values.shape[3]
+    (positions, key_heads), width = keys.shape[:2], values.shape[2]
     out = torch.empty(rows, heads, width, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out.to(dtype)
     config = CONFIGS[query.dtype]
-    stretches = triton.cdiv(length, config.stretch)
+    stretches = triton.cdiv(longest, config.stretch)
     parts = (rows, heads, stretches)
     top = torch.empty(parts, dtype=torch.float32, device=query.device)
     mass, sums = torch.empty_like(top), top.new_empty(*parts, width)
@@ -176,15 +181,15 @@ def slot_attention(
         query,
         keys,
         values,
-        begins.contiguous(),
-        ends.contiguous(),
+        runs.contiguous(),
         top,
         mass,
         sums,
         scale,
-        length,
-        *keys.stride()[:3],
-        *values.stride()[:3],
+        positions,
+        longest,
+        *keys.stride()[:2],
+        *values.stride()[:2],
         stretches,
         GROUP=heads // key_heads,
         D=dim,

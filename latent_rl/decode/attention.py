@@ -12,18 +12,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from latent_rl import ops
 
-__all__ = ["NAME", "attention_of", "slot_attention", "visible_range"]
+__all__ = ["NAME", "attention_of", "slot_attention", "visible_runs"]
 
 NAME = "latent_rl_slots"
 
 
-def visible_range(ends: Tensor, window: int | None = None) -> Tensor:
-    """int64 [n, 1, 1, 2]: the first visible position of each row and one past the last.
+def visible_runs(places: Tensor, ends: Tensor, longest: int, window: int | None = None) -> Tensor:
+    """int64 [n, 1, longest, 5]: what each row sees, as ``ops.slot_attention`` wants it.
 
-    It takes the place of an attention mask: transformers hands a 4D one through as it is.
+    It takes the place of an attention mask: transformers hands a 4D one through as it is. The third
+    axis repeats, without memory, to say how long the longest row may be.
+
+    Args:
+        places: int64 [n, 3], shared_at, shared and own_at of each row.
+        ends: int64 [n], one past the last visible position.
+        longest: bound of all ends.
+        window: positions a row sees at most, or None for all.
     """
     begins = torch.zeros_like(ends) if window is None else (ends - window).clamp_min(0)
-    return torch.stack((begins, ends), 1)[:, None, None]
+    runs = torch.cat((begins[:, None], ends[:, None], places), 1)
+    return runs[:, None, None].expand(-1, -1, longest, -1)
 
 
 def slot_attention(
@@ -41,8 +49,8 @@ def slot_attention(
     Args:
         module: the attention layer (unused).
         query: [n, heads, 1, D].
-        key, value: [n, key heads, L, D].
-        attention_mask: from :func:`visible_range`.
+        key, value: [1, key heads, S, D], a layer's whole storage.
+        attention_mask: from :func:`visible_runs`.
         dropout: ignored: the engine decodes in eval mode.
         scaling: of the products.
 
@@ -55,14 +63,13 @@ def slot_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"Decoder: attention with {name} is not supported; use generate()")
-    begins, ends = attention_mask[:, 0, 0].unbind(1)
     # Under autocast the query may be narrower than what is cached.
     out = ops.slot_attention(
         query[:, :, 0].to(key.dtype),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        begins,
-        ends,
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        attention_mask[:, 0, 0],
+        longest=attention_mask.shape[2],
         scale=scaling,
     )
     return out[:, None].to(query.dtype), None

@@ -13,11 +13,15 @@ from latent_rl.decode.output import DecodeOutput
 from latent_rl.decode.prompts import Inputs, split_prompts
 from latent_rl.decode.run import DecodeRun, Job
 from latent_rl.decode.settings import DecodeSettings, Steering, seeds_of
+from latent_rl.decode.slot_cache import SlotLayout
 from latent_rl.decode.workspace import Workspace
 from latent_rl.models import LatentActionModel
 from latent_rl.models import backbone as bb
 
 __all__ = ["Decoder"]
+
+# Prompts held at once, over those that fill the slots.
+_OVERLAP = 3
 
 
 class Decoder:
@@ -220,15 +224,15 @@ class Decoder:
             hidden_dtype=(self.hidden_dtype or model.dtype) if return_hidden else None,
             prefill_prompts=self._prefill_prompts,
         )
-        longest = max(p["input_ids"].shape[1] for p in prompts)
-        slots = min(self.slots, requests)
+        longest = job.longest_prompt
         self.plan(
             requests=requests,
             prompt_tokens=longest,
             new_tokens=max(limits),
+            num_generations=num_generations,
             return_hidden=return_hidden,
         ).check(model.device, held=self._workspace.num_bytes if self._workspace else 0)
-        workspace = self._space(slots, longest + max(limits))
+        workspace = self._space(self._layout(requests, longest, max(limits), num_generations))
         self.last_run = DecodeRun(model, workspace, job, tokenizer=self.tokenizer)
         return self.last_run
 
@@ -238,6 +242,7 @@ class Decoder:
         requests: int,
         prompt_tokens: int,
         new_tokens: int,
+        num_generations: int = 1,
         return_hidden: bool = False,
     ) -> DecodePlan:
         """Bytes that a call will hold, before anything is allocated.
@@ -246,13 +251,13 @@ class Decoder:
             requests: R.
             prompt_tokens: of the longest prompt.
             new_tokens: T at most.
+            num_generations: G, of R, that share a prompt.
             return_hidden: keep the states.
         """
         return make_plan(
             self.model,
-            slots=min(self.slots, requests),
+            layout=self._layout(requests, prompt_tokens, new_tokens, num_generations),
             requests=requests,
-            prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             hidden_dtype=(self.hidden_dtype or self.model.dtype) if return_hidden else None,
         )
@@ -261,15 +266,24 @@ class Decoder:
         """Free the caches and graphs; the next call allocates them anew."""
         self._workspace = None
 
-    def _space(self, slots: int, length: int) -> Workspace:
+    def _layout(
+        self, requests: int, prompt_tokens: int, new_tokens: int, num_generations: int
+    ) -> SlotLayout:
+        slots = min(self.slots, requests)
+        prompts = -(-requests // num_generations)
+        # Slots are refilled one by one, so that prompts overlap; completions that outlive theirs
+        # by far may make the queue wait.
+        held = 1 + _OVERLAP * -(-slots // num_generations)
+        return SlotLayout(min(prompts, slots, held), prompt_tokens, slots, new_tokens)
+
+    def _space(self, layout: SlotLayout) -> Workspace:
         """The workspace, made anew when it is too small or of another device or dtype."""
         model, space = self.model, self._workspace
-        if space is None or not space.serves(model, slots, length):
+        if space is None or not space.serves(model, layout):
             self._workspace = None  # Free the old one first.
             self._workspace = Workspace(
                 model,
-                slots,
-                length,
+                layout,
                 cuda_graphs=self._cuda_graphs,
                 check_every=self._check_every,
                 compiled=self._compile,

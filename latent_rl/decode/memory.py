@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from latent_rl.decode.slot_cache import layer_shapes
+from latent_rl.decode.slot_cache import SlotLayout, layer_shapes
 from latent_rl.models import LatentActionModel
 
 __all__ = ["DecodePlan", "make_plan"]
@@ -19,7 +19,7 @@ class DecodePlan:
 
     Attributes:
         weights_bytes: parameters and buffers of the model, held anyway.
-        cache_bytes: key-value storage of trunk and policy for all slots.
+        cache_bytes: key-value storage of trunk and policy for prompts and slots.
         tables_bytes: what merging adds for each code, made once per call.
         results_bytes: tokens, codes and their numbers.
         replay_bytes: states kept for replay.
@@ -89,17 +89,16 @@ def _gib(number: int) -> str:
 def _tables_bytes(model: LatentActionModel) -> int:
     """Of ``LatentActionModel.merge_tables``: [2, K, I] per block."""
     blocks = model.latent.merge.blocks
-    weight = cast(Any, blocks[0]).w_gate
+    weight: torch.Tensor = cast(Any, blocks[0]).w_gate
     item = max(weight.dtype.itemsize, torch.float32.itemsize)
-    return len(blocks) * 2 * model.latent_config.num_codes * int(weight.shape[0]) * item
+    return len(blocks) * 2 * model.latent_config.num_codes * weight.shape[0] * item
 
 
 def make_plan(
     model: LatentActionModel,
     *,
-    slots: int,
+    layout: SlotLayout,
     requests: int,
-    prompt_tokens: int,
     new_tokens: int,
     hidden_dtype: torch.dtype | None,
 ) -> DecodePlan:
@@ -115,11 +114,11 @@ def make_plan(
     rows = requests + 1
     hidden = 0
     if hidden_dtype is not None:
-        states = rows * (prompt_tokens + new_tokens - 1)
+        states = rows * (layout.prompt_length + new_tokens - 1)
         hidden = states * int(model.decoder.config.hidden_size) * hidden_dtype.itemsize
     return DecodePlan(
         weights_bytes=weights,
-        cache_bytes=slots * (prompt_tokens + new_tokens) * width,
+        cache_bytes=layout.positions * width,
         tables_bytes=_tables_bytes(model),
         results_bytes=rows * new_tokens * (2 * 8 + 3 * 4),
         replay_bytes=hidden,

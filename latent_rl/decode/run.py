@@ -57,9 +57,14 @@ class _Slot:
     streamed: int = 0
 
     @property
+    def own(self) -> int:
+        """Positions cached besides the prompt's, at most: the last token said is not read yet."""
+        return self.said - 1
+
+    @property
     def cached(self) -> int:
-        """Positions cached, at most: the last token said is not read yet."""
-        return self.prompt_tokens + self.said - 1
+        """Positions cached, at most."""
+        return self.prompt_tokens + self.own
 
 
 class DecodeRun:
@@ -72,6 +77,10 @@ class DecodeRun:
         self._model, self._space, self._job = model, space, job
         self._slots: list[_Slot] = []
         self._prefills: dict[int, Prefill] = {}
+        # Of prompts in use: their place in the storage, and how many requests still need it.
+        self._places: dict[int, int] = {}
+        self._needed: dict[int, int] = {}
+        self._free_places = list(range(space.layout.prompts))
         self._queue = deque(range(len(job.limits)))
         self._stop = StopStrings(job.settings.stop_strings, tokenizer)
         self._errors: dict[int, Exception] = {}
@@ -139,13 +148,21 @@ class DecodeRun:
         with attention_of(self._model.decoder, self._model.latent.policy.tower):
             # A first token may have been a last one.
             pieces = self._look()
-            while self._slots and not pieces and not (self._queue and self._free_slots):
+            while self._slots and not pieces and not self._can_admit:
                 for _ in range(self._space.check_every):
                     if all(slot.said >= self._job.limits[slot.request] for slot in self._slots):
                         break
                     self._advance()
                 pieces = self._look()
         return pieces
+
+    @property
+    def _can_admit(self) -> bool:
+        if not (self._queue and self._free_slots):
+            return False
+        return (
+            bool(self._free_places) or self._queue[0] // self._job.num_generations in self._places
+        )
 
     @property
     def _free_slots(self) -> int:
@@ -159,6 +176,8 @@ class DecodeRun:
         while self._queue and (free := self._free_slots):
             prompt = self._queue[0] // group
             if prompt not in self._prefills:
+                if not self._free_places:
+                    return
                 self._read_prompts(self._next_prompts(free))
                 continue
             requests: list[int] = []
@@ -176,7 +195,7 @@ class DecodeRun:
             prompt = request // group
             if prompt not in self._prefills and prompt not in found:
                 found.append(prompt)
-        return found[: self._job.prefill_prompts]
+        return found[: min(self._job.prefill_prompts, len(self._free_places))]
 
     def _read_prompts(self, prompts: list[int]) -> None:
         """Read them in one batch; when that fails, one by one, to find who is to blame."""
@@ -197,8 +216,10 @@ class DecodeRun:
 
     def _keep(self, prompt: int, read: Prefill) -> None:
         self._space.use_positions(read.positions.shape[0])
-        self._prefills[prompt] = read
-        self._read[prompt] = read.without_cache()
+        self._places[prompt] = self._free_places.pop()
+        self._needed[prompt] = self._job.num_generations
+        self._space.load_prompt(read, self._places[prompt])
+        self._prefills[prompt] = self._read[prompt] = read.without_cache()
         if self._results.hidden is not None:
             group = self._job.num_generations
             rows = slice(prompt * group, (prompt + 1) * group)
@@ -222,12 +243,10 @@ class DecodeRun:
         at = slice(len(self._slots), len(self._slots) + len(requests))
         device = space.device
         chosen = torch.tensor(requests, device=device)
-        if read.trunk is not None:
-            space.trunk.load(read.trunk, at)
-        if read.policy is not None:
-            space.policy.load(read.policy, at)
         rows = space.rows
-        rows.lengths[at] = read.length
+        rows.lengths[at] = rows.shared[at] = read.length
+        place = self._places[requests[0] // job.num_generations]
+        rows.shared_at[at] = space.layout.prompt_at(place)
         rows.positions[:, at] = read.positions[:, 0, -1:] + 1
         rows.steps[at] = 0
         rows.limits[at] = torch.tensor([job.limits[r] for r in requests], device=device)
@@ -319,8 +338,12 @@ class DecodeRun:
         slot, last = self._slots[index], len(self._slots) - 1
         self._results.lengths[slot.request] = length
         self._results.reasons[slot.request] = reason
+        prompt = slot.request // self._job.num_generations
+        self._needed[prompt] -= 1
+        if not self._needed[prompt]:
+            self._free_places.append(self._places.pop(prompt))
         if index != last:
-            self._space.move(last, index, self._slots[last].cached)
+            self._space.move(last, index, self._slots[last].own)
             self._slots[index] = self._slots[last]
         self._slots.pop()
         self._space.rows.active[last] = False

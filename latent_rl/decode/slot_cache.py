@@ -1,4 +1,4 @@
-"""Static key-value storage where every row stands at a position of its own."""
+"""Static key-value storage: prompts that rows share, and a slot of its own for every row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-__all__ = ["CachedRow", "LayerShape", "SlotLayer", "SlotStore", "SlotWindow", "layer_shapes"]
+__all__ = [
+    "CachedRow",
+    "LayerShape",
+    "SlotLayer",
+    "SlotLayout",
+    "SlotStore",
+    "SlotWindow",
+    "layer_shapes",
+]
 
 
 @dataclass(frozen=True)
@@ -27,23 +35,63 @@ class LayerShape:
         return self.heads * (self.key_dim + self.value_dim)
 
 
-@dataclass
-class SlotWindow:
-    """The part of the slots that the current step works on, shared by all layers.
+@dataclass(frozen=True)
+class SlotLayout:
+    """How a layer's storage of S positions is divided: prompts first, then slots.
 
     Attributes:
-        rows: n, the first n slots.
-        bound: cached positions that may be visible; later ones are not even read.
-        index: int64 [n], where each row's new key goes in the flattened [slots * C] storage.
+        prompts: prompts held at once.
+        prompt_length: positions of each.
+        slots: rows decoded at once.
+        slot_length: positions of each slot, for what a row says itself.
     """
 
-    rows: int
+    prompts: int
+    prompt_length: int
+    slots: int
+    slot_length: int
+
+    @property
+    def positions(self) -> int:
+        """S."""
+        return self.prompts * self.prompt_length + self.slots * self.slot_length
+
+    @property
+    def longest(self) -> int:
+        """Positions a row can see at most."""
+        return self.prompt_length + self.slot_length
+
+    def prompt_at(self, prompt: int) -> int:
+        """First position of a prompt's place."""
+        return prompt * self.prompt_length
+
+    def slot_at(self, slot: int) -> int:
+        """First position of a slot."""
+        return self.prompts * self.prompt_length + slot * self.slot_length
+
+    def serves(self, other: SlotLayout) -> bool:
+        """Whether it has room for all that the other has."""
+        return all(
+            mine >= theirs
+            for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)
+        )
+
+
+@dataclass
+class SlotWindow:
+    """What the current step works on, shared by all layers.
+
+    Attributes:
+        bound: positions that a row may see; later ones are not even looked for.
+        index: int64 [n], where each row's new key goes.
+    """
+
     bound: int
     index: Tensor
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values, [slots, C, heads, width]: one new position per row and step.
+    """One layer's keys and values, [S, heads, width]: one new position per row and step.
 
     What may be seen is the mask's business, so sliding-window layers are stored like full ones.
     """
@@ -62,7 +110,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store [n, heads, 1, width]; return views [n, heads, bound, width] of all positions."""
+        """Store [n, heads, 1, width]; return a view [1, heads, S, width] of the whole storage."""
         w = self._window
         return (
             _put(cast(Tensor, self.keys), key_states, w),
@@ -78,17 +126,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._window.bound
 
     def get_max_length(self) -> int:
-        """Positions per slot."""
-        return cast(Tensor, self.keys).shape[1]
+        """Positions of the storage."""
+        return cast(Tensor, self.keys).shape[0]
 
     # The name before transformers 5.2x.
     get_max_cache_shape = get_max_length
 
 
 def _put(store: Tensor, new: Tensor, window: SlotWindow) -> Tensor:
-    flat = store.view(-1, *store.shape[2:])
-    flat.index_copy_(0, window.index, new[:, :, 0].to(store.dtype))
-    return store[: window.rows, : window.bound].transpose(1, 2)
+    store.index_copy_(0, window.index, new[:, :, 0].to(store.dtype))
+    return store.transpose(0, 1)[None]
 
 
 class CachedRow(NamedTuple):
@@ -105,24 +152,23 @@ class SlotStore:
     def __init__(
         self,
         shapes: Sequence[LayerShape],
-        slots: int,
-        length: int,
+        layout: SlotLayout,
         window: SlotWindow,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Zeros: a masked key must be finite, for its value is multiplied by an exact zero."""
+        """Allocate it, as zeros."""
         self._layers = [
             SlotLayer(
-                torch.zeros(slots, length, s.heads, s.key_dim, dtype=dtype, device=device),
-                torch.zeros(slots, length, s.heads, s.value_dim, dtype=dtype, device=device),
+                torch.zeros(layout.positions, s.heads, s.key_dim, dtype=dtype, device=device),
+                torch.zeros(layout.positions, s.heads, s.value_dim, dtype=dtype, device=device),
                 window,
             )
             for s in shapes
         ]
         self.cache = Cache(layers=list(self._layers))
-        self.length = length
+        self.layout = layout
 
     @property
     def num_bytes(self) -> int:
@@ -132,18 +178,20 @@ class SlotStore:
     def _tensors(self) -> list[Tensor]:
         return [cast(Tensor, t) for layer in self._layers for t in (layer.keys, layer.values)]
 
-    def load(self, prompt: CachedRow, slots: slice) -> None:
-        """Copy one prompt's keys and values to every slot of a range."""
-        for layer, given in zip(self._layers, prompt.cache.layers, strict=True):
-            source = cast(CacheLayerMixin, given)
+    def load(self, given: CachedRow, prompt: int) -> None:
+        """Copy a prompt's keys and values to a prompt's place, for all its completions."""
+        at = self.layout.prompt_at(prompt)
+        for layer, read in zip(self._layers, given.cache.layers, strict=True):
+            source = cast(CacheLayerMixin, read)
             for mine, theirs in ((layer.keys, source.keys), (layer.values, source.values)):
-                positions = cast(Tensor, theirs)[prompt.row, :, prompt.pad :].transpose(0, 1)
-                cast(Tensor, mine)[slots, : positions.shape[0]] = positions
+                positions = cast(Tensor, theirs)[given.row, :, given.pad :].transpose(0, 1)
+                cast(Tensor, mine)[at : at + positions.shape[0]] = positions
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot to another."""
+        here, there = self.layout.slot_at(source), self.layout.slot_at(target)
         for tensor in self._tensors():
-            tensor[target, :length] = tensor[source, :length]
+            tensor[there : there + length] = tensor[here : here + length]
 
 
 def layer_shapes(stack: nn.Module) -> list[LayerShape]:

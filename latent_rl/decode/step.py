@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latent_rl import ops
-from latent_rl.decode.attention import visible_range
+from latent_rl.decode.attention import visible_runs
 from latent_rl.decode.output import Said
 from latent_rl.decode.settings import DecodeSettings
 from latent_rl.decode.slot_cache import SlotStore, SlotWindow
@@ -29,7 +29,9 @@ class Rows:
 
     Attributes:
         tokens: the token to read next.
-        lengths: positions cached so far.
+        lengths: positions cached so far, the prompt's among them.
+        shared: of those, the prompt's, which completions of it share.
+        shared_at: where in the storage the prompt begins.
         positions: [P, slots], the rotary position of the next token (P of them per token).
         steps: tokens said so far.
         limits: tokens to say at most.
@@ -42,6 +44,8 @@ class Rows:
 
     tokens: Tensor
     lengths: Tensor
+    shared: Tensor
+    shared_at: Tensor
     positions: Tensor
     steps: Tensor
     limits: Tensor
@@ -64,6 +68,8 @@ class Rows:
         return cls(
             tokens=integers(slots),
             lengths=integers(slots),
+            shared=integers(slots),
+            shared_at=integers(slots),
             positions=integers(positions, slots),
             steps=integers(slots),
             limits=integers(slots),
@@ -113,7 +119,10 @@ class Step:
         self._eos = torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=device)
         self._banned = torch.tensor(settings.suppress_tokens, dtype=torch.int64, device=device)
         self._embed = cast(Any, model.backbone).get_input_embeddings()
-        self._length = self._trunk.length
+        layout = self._trunk.layout
+        self._own_at = layout.slot_at(0) + layout.slot_length * torch.arange(
+            layout.slots, device=device
+        )
 
     def snapshot(self) -> list[Tensor]:
         """Copies of what a step changes, besides keys at positions not yet counted."""
@@ -128,9 +137,9 @@ class Step:
         """Advance the first ``n`` slots by one token; ``bound`` exceeds every cached length."""
         rows, model, window = self._rows, self._model, self._window
         lengths, active = rows.lengths[:n], rows.active[:n]
-        window.rows, window.bound = n, bound
-        window.index = torch.arange(n, device=lengths.device) * self._length + lengths
-        kwargs = self._tower_kwargs(n)
+        window.bound = bound
+        window.index = self._own_at[:n] + lengths - rows.shared[:n]
+        kwargs = self._tower_kwargs(n, bound)
         out = model.decoder(
             inputs_embeds=self._embed(rows.tokens[:n, None]),
             past_key_values=self._trunk.cache,
@@ -150,13 +159,14 @@ class Step:
         rows.positions[:, :n] += active
         self.act(slice(0, n), state[:, 0], logits, hidden.dtype)
 
-    def _tower_kwargs(self, n: int) -> dict[str, Any]:
+    def _tower_kwargs(self, n: int, bound: int) -> dict[str, Any]:
         rows, config = self._rows, self._model.decoder.config
+        places = torch.stack((rows.shared_at[:n], rows.shared[:n], self._own_at[:n]), 1)
         # With the new position itself.
         ends = rows.lengths[:n] + 1
-        mask: Any = visible_range(ends)
+        mask: Any = visible_runs(places, ends, bound)
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            sliding = visible_range(ends, int(config.sliding_window))
+            sliding = visible_runs(places, ends, bound, int(config.sliding_window))
             mask = {"full_attention": mask, "sliding_attention": sliding}
         positions = rows.positions[:, :n, None]
         return {

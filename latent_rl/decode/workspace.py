@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latent_rl.decode.graphs import StepGraphs
 from latent_rl.decode.output import Said
+from latent_rl.decode.prefill import Prefill
 from latent_rl.decode.settings import DecodeSettings
-from latent_rl.decode.slot_cache import SlotStore, SlotWindow, layer_shapes
+from latent_rl.decode.slot_cache import SlotLayout, SlotStore, SlotWindow, layer_shapes
 from latent_rl.decode.step import Rows, Step
 from latent_rl.models import LatentActionModel
 
 __all__ = ["Workspace"]
 
-# Cached positions are read up to a multiple of this: fewer graphs on CUDA, less work on the CPU.
-_CUDA_BLOCK, _CPU_BLOCK = 256, 32
+# On CUDA positions are looked for up to a multiple of this, with a graph for each.
+_CUDA_BLOCK = 256
 _CUDA_CHECK_EVERY = 8
 
 
 class Workspace:
-    """Storage for ``slots`` sequences of ``length`` positions, and the steps over it.
+    """Storage for prompts and slots, and the steps over it.
 
     Attributes:
+        layout: how many of both, and how long.
         rows, said: the slots' state and what the last step said.
         requests: int64 [slots], the results' row of each slot.
         trunk, policy: key-value storage.
@@ -35,8 +38,7 @@ class Workspace:
     def __init__(
         self,
         model: LatentActionModel,
-        slots: int,
-        length: int,
+        layout: SlotLayout,
         *,
         cuda_graphs: bool | None,
         check_every: int | None,
@@ -52,17 +54,18 @@ class Workspace:
         if cuda_graphs and not on_cuda:
             raise ValueError(f"Decoder: cuda_graphs need a CUDA device, the model is on {device}")
         self.check_every = check_every or (_CUDA_CHECK_EVERY if on_cuda else 1)
-        self.slots, self.length, self.device = slots, length, device
-        self._block = _CUDA_BLOCK if on_cuda else _CPU_BLOCK
+        self.layout, self.slots, self.device = layout, layout.slots, device
+        self._block = _CUDA_BLOCK if on_cuda else layout.longest
         self._graphs = StepGraphs() if on_cuda and cuda_graphs is not False else None
-        self._window = SlotWindow(0, 0, torch.zeros(0, dtype=torch.int64, device=device))
+        self._window = SlotWindow(0, torch.zeros(0, dtype=torch.int64, device=device))
         self._dtypes = _dtypes(model)
         self.trunk, self.policy = (
-            SlotStore(layer_shapes(stack), slots, length, self._window, dtype=dtype, device=device)
+            SlotStore(layer_shapes(stack), layout, self._window, dtype=dtype, device=device)
             for stack, dtype in zip(
                 (model.decoder, model.latent.policy.tower), self._dtypes, strict=True
             )
         )
+        slots = layout.slots
         self.requests = torch.zeros(slots, dtype=torch.int64, device=device)
         self.said = Said.empty(
             slots, int(model.decoder.config.hidden_size), self._dtypes[0], device
@@ -73,10 +76,13 @@ class Workspace:
         self._steps: dict[tuple[DecodeSettings, bool, bool, bool], Step] = {}
         self._compiled: dict[Step, Callable[[int, int], None]] | None = {} if compiled else None
 
-    def serves(self, model: LatentActionModel, slots: int, length: int) -> bool:
+    def serves(self, model: LatentActionModel, layout: SlotLayout) -> bool:
         """Whether it is large enough and of the model's device and dtypes."""
-        fits = self.slots >= slots and self.length >= length
-        return fits and self.device == model.device and self._dtypes == _dtypes(model)
+        return (
+            self.layout.serves(layout)
+            and self.device == model.device
+            and self._dtypes == _dtypes(model)
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -109,6 +115,7 @@ class Workspace:
         self.rows.active.zero_()
         self.rows.steps.zero_()
         self.rows.lengths.zero_()
+        self.rows.shared.zero_()
 
     def _make_tables(self, model: LatentActionModel) -> None:
         """The merge's tables under the weights of now, where graphs look for them."""
@@ -135,8 +142,8 @@ class Workspace:
         return self._steps[key]
 
     def bound_of(self, longest: int) -> int:
-        """Positions to read when the longest row has cached ``longest`` and adds one."""
-        return min(self.length, -(-(longest + 1) // self._block) * self._block)
+        """Positions to look for when the longest row has cached ``longest`` and adds one."""
+        return min(self.layout.longest, -(-(longest + 1) // self._block) * self._block)
 
     def advance(self, step: Step, n: int, longest: int) -> None:
         """Run the step on the first n slots, through a graph where there are graphs."""
@@ -151,12 +158,21 @@ class Workspace:
             return step
         if step not in self._compiled:
             # Hundreds of small kernels: launched from C++, a step is a quarter faster on the CPU.
-            options = {"cpp_wrapper": True} if self.device.type == "cpu" else None
+            options: dict[str, Any] | None = (
+                {"cpp_wrapper": True} if self.device.type == "cpu" else None
+            )
             self._compiled[step] = torch.compile(step.__call__, options=options)
         return self._compiled[step]
 
+    def load_prompt(self, read: Prefill, place: int) -> None:
+        """Keep a prompt's keys and values at one of the prompts' places."""
+        if read.trunk is not None:
+            self.trunk.load(read.trunk, place)
+        if read.policy is not None:
+            self.policy.load(read.policy, place)
+
     def move(self, source: int, target: int, length: int) -> None:
-        """Put a slot in the place of another."""
+        """Put a slot, with ``length`` positions of its own, in the place of another."""
         self.trunk.move(source, target, length)
         self.policy.move(source, target, length)
         self.rows.move(source, target)

@@ -11,21 +11,24 @@ __all__ = ["slot_attention"]
 
 
 def slot_attention(
-    query: Tensor, keys: Tensor, values: Tensor, begins: Tensor, ends: Tensor, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, runs: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """Attention of one position per row over its own slot; only visible positions are read.
+    """Attention of one position per row over two runs; only visible positions are read.
 
     Args:
-        query: [N, Hq, D] on the CPU. keys: [N, L, Hk, D]. values: [N, L, Hk, E]; all of one
-            dtype, any strides.
-        begins, ends: int64 [N], clipped to 0 .. L.
+        query: [N, Hq, D] on the CPU. keys: [S, Hk, D]. values: [S, Hk, E]; all of one dtype, any
+            strides.
+        runs: int64 [N, 5], begin, end, shared_at, shared, own_at; see the reference.
+        longest: no position from here on is seen.
         scale: of the products.
 
     Returns:
         [N, Hq, E]; zeros for a row that sees nothing. Sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: when a visible position lies outside the storage.
     """
-    query, keys, values = query.contiguous(), _heads(keys), _heads(values)
-    begins, ends = begins.contiguous(), ends.contiguous()
+    query, keys, values, runs = query.contiguous(), _heads(keys), _heads(values), runs.contiguous()
     rows, heads, dim = query.shape
     out = query.new_empty(rows, heads, values.shape[-1])
     _C.slot_attention(
@@ -33,18 +36,18 @@ def slot_attention(
         address(query),
         address(keys),
         address(values),
-        address(begins),
-        address(ends),
+        address(runs),
         address(out),
         scale,
         rows,
-        keys.shape[1],
+        keys.shape[0],
+        longest,
         heads,
-        keys.shape[2],
+        keys.shape[1],
         dim,
         values.shape[-1],
-        keys.stride()[:3],
-        values.stride()[:3],
+        keys.stride()[:2],
+        values.stride()[:2],
         threads(),
     )
     return out

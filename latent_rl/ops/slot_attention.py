@@ -1,4 +1,4 @@
-"""slot_attention: one decoding position per row over the cached keys of its own slot."""
+"""slot_attention: one decoding position per row over a shared prompt and the row's own slot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OP = "slot_attention"
 
 
 def _fake(
-    query: Tensor, keys: Tensor, values: Tensor, begins: Tensor, ends: Tensor, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, runs: Tensor, longest: int, scale: float
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
 
@@ -22,7 +22,8 @@ def _fake(
 define(
     OP,
     OP,
-    "(Tensor query, Tensor keys, Tensor values, Tensor begins, Tensor ends, float scale) -> Tensor",
+    "(Tensor query, Tensor keys, Tensor values, Tensor runs, SymInt longest, float scale)"
+    " -> Tensor",
     _fake,
 )
 
@@ -31,24 +32,28 @@ def slot_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    begins: Tensor,
-    ends: Tensor,
+    runs: Tensor,
     *,
+    longest: int,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend from one position per row: ``softmax(scale q K^T) V`` over ``begins <= j < ends``.
+    """Attend from one position per row: ``softmax(scale q K^T) V`` over ``begin <= j < end``.
 
-    Rows have positions of their own and nothing outside them is read, so slots of very different
-    lengths share a call. Keys and values are read once per key head, never repeated for grouped
-    queries. A row's result depends on its own slot alone.
+    A row's positions lie in two runs of the storage: the first ``shared`` of them anywhere, so that
+    the completions of a prompt read one copy of its keys, the others in the row's own slot. Rows
+    have positions of their own and nothing outside them is read, so slots of very different lengths
+    share a call. Keys and values are read once per key head, never repeated for grouped queries. A
+    row's result depends on its own positions alone.
 
     Args:
         query: [N, Hq, D]; float32, bfloat16, float16 or float64, any strides.
-        keys: [N, L, Hk, D], same dtype; Hq a multiple of Hk, query head h reads key head
+        keys: [S, Hk, D], same dtype; Hq a multiple of Hk, query head h reads key head
             ``h // (Hq / Hk)``.
-        values: [N, L, Hk, E].
-        begins: int64 [N], first visible position; below 0 counts as 0.
-        ends: int64 [N], one past the last; above L counts as L.
+        values: [S, Hk, E].
+        runs: int64 [N, 5], per row ``begin, end, shared_at, shared, own_at``. Position j lies at
+            ``shared_at + j`` while ``j < shared`` and at ``own_at + j - shared`` from there on.
+            What is seen must lie within S (checked on the CPU; clamped into it on a GPU).
+        longest: >= 1; no row sees positions from here on.
         scale: default ``D ** -0.5``.
 
     Returns:
@@ -56,26 +61,27 @@ def slot_attention(
         (float64 for float64). Not differentiable.
 
     Raises:
-        TypeError: for dtypes. ValueError: for shapes.
+        TypeError: for dtypes. ValueError: for shapes, and for positions outside the storage.
     """
     _checks.check_float(OP, "query", query)
     _checks.check_ndim(OP, "query", query, 3, "[N, Hq, D]")
-    _checks.check_ndim(OP, "keys", keys, 4, "[N, L, Hk, D]")
-    _checks.check_ndim(OP, "values", values, 4, "[N, L, Hk, E]")
+    _checks.check_ndim(OP, "keys", keys, 3, "[S, Hk, D]")
+    _checks.check_ndim(OP, "values", values, 3, "[S, Hk, E]")
     rows, heads, dim = query.shape
     for name, tensor in (("keys", keys), ("values", values)):
         _checks.check_like(OP, name, tensor, "query", query)
-    _checks.check_shape(OP, "keys", keys, (rows, keys.shape[1], keys.shape[2], dim))
-    _checks.check_shape(OP, "values", values, (*keys.shape[:3], values.shape[3]))
-    if keys.shape[2] < 1 or heads % keys.shape[2]:
-        raise ValueError(f"{OP}: query heads ({heads}) must be a multiple of {keys.shape[2]}")
-    if keys.shape[1] < 1:
-        raise ValueError(f"{OP}: keys must have at least one position, got L = 0")
-    for name, ids in (("begins", begins), ("ends", ends)):
-        _checks.check_codes(OP, name, ids)
-        _checks.check_device(OP, name, ids, "query", query)
-        _checks.check_shape(OP, name, ids, (rows,))
+    _checks.check_shape(OP, "keys", keys, (*keys.shape[:2], dim))
+    _checks.check_shape(OP, "values", values, (*keys.shape[:2], values.shape[2]))
+    if keys.shape[1] < 1 or heads % keys.shape[1]:
+        raise ValueError(f"{OP}: query heads ({heads}) must be a multiple of {keys.shape[1]}")
+    if keys.shape[0] < 1:
+        raise ValueError(f"{OP}: keys must have at least one position, got S = 0")
+    if longest < 1:
+        raise ValueError(f"{OP}: longest must be >= 1, got {longest}")
+    _checks.check_codes(OP, "runs", runs)
+    _checks.check_device(OP, "runs", runs, "query", query)
+    _checks.check_shape(OP, "runs", runs, (rows, 5))
     out: Tensor = torch.ops.latent_rl.slot_attention(
-        query.detach(), keys.detach(), values.detach(), begins, ends, scale or dim**-0.5
+        query.detach(), keys.detach(), values.detach(), runs, longest, scale or dim**-0.5
     )
     return out

@@ -117,6 +117,31 @@ def test_generations_of_a_prompt_share_its_prefill(case) -> None:
     assert len([length for length in reads if length > 1]) == 1
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("slots", [3, 5])
+def test_few_places_for_prompts_make_the_queue_wait(qwen, monkeypatch, slots, overlap) -> None:
+    """Rows of very different lengths, so that old prompts hold their places for long."""
+    inputs = batch_of(qwen, 6)
+    limits = [1, 9, 2, 7, 3, 12, 1, 1, 5, 4, 8, 2]
+    settings = {"max_new_tokens": limits, "min_new_tokens": 0, "num_generations": 2, "seed": 5}
+    plenty = Decoder(qwen.model, slots=12).generate(inputs, **settings).generation
+    monkeypatch.setattr("latent_rl.decode.engine._OVERLAP", overlap)
+    decoder = Decoder(qwen.model, slots=slots)
+    out = decoder.generate(inputs, **settings).generation
+    assert decoder._workspace is not None
+    assert decoder._workspace.layout.prompts <= 1 + overlap * 3
+    same(out, plenty)
+
+
+def test_completions_of_a_prompt_share_its_keys(qwen) -> None:
+    decoder = Decoder(qwen.model, slots=64)
+    sizes = {"requests": 64, "prompt_tokens": 100, "new_tokens": 20}
+    apart = decoder.plan(**sizes, num_generations=1).cache_bytes
+    shared = decoder.plan(**sizes, num_generations=8).cache_bytes
+    # 8 prompts and 64 slots against 64 of both.
+    assert apart * (8 * 100 + 64 * 20) == shared * (64 * 100 + 64 * 20)
+
+
 def test_right_padding_is_no_different(qwen) -> None:
     left = batch_of(qwen, 4)
     right = dict(left)

@@ -14,15 +14,23 @@ SIZES = ((64, 1000, 16, 2, 128), (3, 300, 32, 32, 64), (5, 77, 6, 2, 20))
 
 
 def case_of(size, dtype, device):
+    """Two rows share each prompt, which is up to half of what they see."""
     n, length, heads, key_heads, dim = size
     generator = torch.Generator().manual_seed(sum(size))
-    tensors = [
-        torch.randn(shape, generator=generator).to(device, dtype)
-        for shape in ((n, heads, dim), (n, length, key_heads, dim), (n, length, key_heads, dim))
-    ]
+    prompts = (n + 1) // 2
+    shapes = ((n, heads, dim), *[((prompts + n) * length, key_heads, dim)] * 2)
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     ends = torch.randint(1, length + 1, (n,), generator=generator)
     begins = (torch.rand(n, generator=generator) * ends).long()
-    return (*tensors, begins.to(device), ends.to(device))
+    row = torch.arange(n)
+    shared = torch.randint(0, length // 2 + 1, (prompts,), generator=generator)[row // 2]
+    own_at = (prompts + row) * length
+    runs = torch.stack([begins, ends, row // 2 * length, shared, own_at], 1)
+    return (*tensors, runs.to(device), length)
+
+
+def attend(query, keys, values, runs, longest, scale=None):
+    return ops.slot_attention(query, keys, values, runs, longest=longest, scale=scale)
 
 
 def test_the_triton_kernel_serves(cuda) -> None:
@@ -33,45 +41,46 @@ def test_the_triton_kernel_serves(cuda) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_float64(cuda, size, dtype) -> None:
     args = case_of(size, dtype, cuda)
-    out = ops.slot_attention(*args, scale=0.1)
+    out = attend(*args, 0.1)
     wide = [t.double() for t in args[:3]]
     expected = reference(*wide, *args[3:], 0.1)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
-def test_a_row_is_independent_of_its_batch_and_of_its_slot_s_end(cuda) -> None:
-    query, keys, values, _, _ = case_of(SIZES[0], torch.bfloat16, cuda)
-    begins, ends = torch.zeros(64, device=cuda).long(), torch.full((64,), 400, device=cuda)
-    whole = ops.slot_attention(query, keys, values, begins, ends)
-    part = ops.slot_attention(query[9:11], keys[9:11, :400], values[9:11, :400], *[
-        t[9:11] for t in (begins, ends)
-    ])  # fmt: skip
-    assert torch.equal(whole[9:11], part)
-    assert torch.equal(ops.slot_attention(query, keys, values, begins, ends), whole)
+def test_a_row_is_independent_of_its_batch_and_of_the_longest(cuda) -> None:
+    query, keys, values, runs, longest = case_of(SIZES[0], torch.bfloat16, cuda)
+    runs[:, 0], runs[:, 1] = 0, 400
+    whole = attend(query, keys, values, runs, longest)
+    assert torch.equal(whole[9:11], attend(query[9:11], keys, values, runs[9:11], 400))
+    assert torch.equal(attend(query, keys, values, runs, longest), whole)
 
 
-def test_a_replayed_graph_sees_new_ranges(cuda, capture) -> None:
-    query, keys, values, begins, ends = case_of(SIZES[0], torch.bfloat16, cuda)
-    graph, out = capture(lambda: ops.slot_attention(query, keys, values, begins, ends))
-    begins.zero_()
-    ends.fill_(17)
+def test_a_replayed_graph_sees_new_runs(cuda, capture) -> None:
+    args = case_of(SIZES[0], torch.bfloat16, cuda)
+    graph, out = capture(lambda: attend(*args))
+    runs = args[3]
+    runs[:, 0], runs[:, 1], runs[:, 3] = 0, 17, 9
     graph.replay()
-    expected = ops.slot_attention(query, keys, values, begins.clone(), ends.clone())
-    assert torch.equal(out, expected)
+    assert torch.equal(out, attend(*args[:3], runs.clone(), args[4]))
+
+
+def test_runs_outside_the_storage_read_nothing_outside(cuda) -> None:
+    query, keys, values, runs, longest = case_of(SIZES[2], torch.bfloat16, cuda)
+    runs[0, 2:] = torch.tensor([-(1 << 40), 9, 1 << 40], device=cuda)
+    assert attend(query, keys, values, runs, longest).isfinite().all()
 
 
 def test_offsets_past_2_31(cuda) -> None:
-    slots, length, dim = 40, 32768, 1024
+    positions, dim = 40 * 32768, 1024
     free, _ = torch.cuda.mem_get_info(cuda)
-    if free < 12 * slots * length * dim // 2:
+    if free < 12 * positions * dim // 2:
         pytest.skip("needs 8 GB of device memory")
-    store = torch.zeros(slots, length, 2, dim // 2, dtype=torch.bfloat16, device=cuda)
-    store[-1, -9:] = torch.randn(9, 2, dim // 2).to(store)
-    query = torch.randn(slots, 2, dim // 2).to(store)
-    begins = torch.full((slots,), length - 9, device=cuda)
-    ends = torch.full((slots,), length, device=cuda)
-    out = ops.slot_attention(query, store, store, begins, ends)
-    last = store[-1:, -9:].contiguous()
-    zero, nine = begins[:1] * 0, begins[:1] * 0 + 9
-    expected = reference(query[-1:].double(), last.double(), last.double(), zero, nine, 512**-0.5)
-    torch.testing.assert_close(out[-1:].double(), expected, rtol=0, atol=2**-6)
+    store = torch.zeros(positions, 2, dim // 2, dtype=torch.bfloat16, device=cuda)
+    store[-18:] = torch.randn(18, 2, dim // 2).to(store)
+    query = torch.randn(1, 2, dim // 2).to(store)
+    runs = torch.tensor([[0, 18, positions - 18, 9, positions - 9]], device=cuda)
+    out = attend(query, store, store, runs, 18)
+    last = store[-18:].double()
+    near = torch.tensor([[0, 18, 0, 9, 9]], device=cuda)
+    expected = reference(query.double(), last, last, near, 18, 512**-0.5)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2**-6)

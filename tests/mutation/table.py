@@ -58,9 +58,9 @@ MUTATIONS = (
     ),
     Mutation(
         "slot_attention native: the first visible position is skipped",
-        "csrc/isa/slot_attention.cpp",
-        "const int64_t begin = args.begins[row] < 0 ? 0 : args.begins[row];",
-        "const int64_t begin = args.begins[row] < 0 ? 0 : args.begins[row] + 1;",
+        "csrc/ops.h",
+        "const int64_t begin = run[0] > 0 ? run[0] : 0;",
+        "const int64_t begin = run[0] > 0 ? run[0] + 1 : 0;",
         (f"{_OPS}slot_attention.py",),
     ),
     Mutation(

@@ -50,18 +50,18 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("group", "width"), HEADS)
 def test_stretch_compiles_and_uses_the_matrix_unit(dtype, group, width, capability) -> None:
     config, pointer = triton_impl.CONFIGS[dtype], f"*{TYPES[dtype]}"
-    strides = ("key_row", "key_position", "key_head", "value_row", "value_position", "value_head")
+    strides = ("key_position", "key_head", "value_position", "value_head")
     signature = {
         "query_ptr": pointer,
         "keys_ptr": pointer,
         "values_ptr": pointer,
-        "begins_ptr": "*i64",
-        "ends_ptr": "*i64",
+        "runs_ptr": "*i64",
         "top_ptr": "*fp32",
         "mass_ptr": "*fp32",
         "sum_ptr": "*fp32",
         "scale": "fp32",
-        "length": "i32",
+        "positions": "i64",
+        "longest": "i32",
         **dict.fromkeys(strides, "i64"),
         "stretches": "i32",
     }

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from latent_rl import ops
-from tests.ops.test_slot_attention import SIZES, by_hand, case_of
+from tests.ops.test_slot_attention import SIZES, attend, by_hand, case_of, places, runs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Rounding of the weights to the values' dtype before the second product, and of the output.
@@ -19,43 +18,61 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_the_definition(size, dtype) -> None:
-    query, keys, values, begins, ends = case_of(size, dtype)
-    out = ops.slot_attention(query, keys, values, begins, ends, scale=0.3)
-    expected = by_hand(query, keys, values, begins, ends, 0.3)
+    query, keys, values, runs, longest = case_of(size, dtype)
+    out = attend(query, keys, values, runs, longest, 0.3)
+    expected = by_hand(query, keys, values, runs, 0.3)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_stretches_join() -> None:
-    args = case_of((3, 700, 4, 2, 16, 16), torch.float32)
+    query, keys, values, _, longest = case_of((3, 700, 4, 2, 16, 16), torch.float32)
     begins, ends = torch.tensor([0, 250, 600]), torch.tensor([700, 263, 601])
-    out = ops.slot_attention(*args[:3], begins, ends)
-    expected = by_hand(*args[:3], begins, ends, 0.25)
+    runs = runs_of(begins, ends, longest, torch.tensor([300, 255, 0]))
+    out = attend(query, keys, values, runs, longest)
+    expected = by_hand(query, keys, values, runs, 0.25)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=5e-6)
 
 
 def test_a_row_depends_on_its_own_positions_alone_bit_for_bit() -> None:
-    query, keys, values, _, _ = case_of((3, 600, 4, 2, 16, 16), torch.float32)
+    query, keys, values, _, longest = case_of((3, 600, 4, 2, 16, 16), torch.float32)
     begins, ends = torch.zeros(3).long(), torch.tensor([40, 600, 300])
-    whole = ops.slot_attention(query, keys, values, begins, ends)
-    # Alone, and with its slot cut off right behind it.
-    alone = ops.slot_attention(query[2:], keys[2:, :300], values[2:, :300], begins[2:], ends[2:])
-    assert torch.equal(whole[2:], alone)
-    keys[0, 40:], values[0, 40:] = torch.nan, torch.nan
-    assert torch.equal(ops.slot_attention(query, keys, values, begins, ends), whole)
+    runs = runs_of(begins, ends, longest, torch.tensor([7, 7, 90]))
+    whole = attend(query, keys, values, runs, longest)
+    # Alone, and with no row longer.
+    assert torch.equal(whole[2:], attend(query[2:], keys, values, runs[2:], 300))
+    # All of it in a run of its own.
+    at = places(runs[2])
+    own = torch.tensor([[0, 300, 0, 0, 0]])
+    assert torch.equal(whole[2:], attend(query[2:], keys[at], values[at], own, 300))
+    hidden = torch.ones(len(keys), dtype=torch.bool)
+    for run in runs:
+        hidden[places(run)] = False
+    keys[hidden], values[hidden] = torch.nan, torch.nan
+    assert torch.equal(attend(query, keys, values, runs, longest), whole)
 
 
 def test_empty_and_clipped_ranges_and_strides() -> None:
-    query, keys, values, _, _ = case_of(SIZES[1], torch.float32)
-    begins, ends = torch.tensor([4, -7, 20]), torch.tensor([4, 99, 30])
-    strided = keys.transpose(1, 2).contiguous().transpose(1, 2)
-    out = ops.slot_attention(query, strided, values, begins, ends)
+    query, keys, values, _, longest = case_of(SIZES[1], torch.float32)
+    shared = torch.tensor([3, 4, 5])
+    runs = runs_of(torch.tensor([4, -7, 20]), torch.tensor([4, 99, 30]), longest, shared)
+    strided = keys.transpose(0, 1).contiguous().transpose(0, 1)
+    out = attend(query, strided, values, runs, longest)
     assert (out[[0, 2]] == 0).all()
-    whole = by_hand(query, keys, values, torch.zeros(3).long(), torch.full((3,), 9), 0.25)
-    torch.testing.assert_close(out[1].double(), whole[1], rtol=0, atol=5e-6)
+    runs[1, :2] = torch.tensor([0, longest])
+    whole = by_hand(query[1:2], keys, values, runs[1:2], 0.25)
+    torch.testing.assert_close(out[1:2].double(), whole, rtol=0, atol=5e-6)
+
+
+def test_runs_outside_the_storage_are_clamped_into_it() -> None:
+    query, keys, values, _, longest = case_of(SIZES[1], torch.float32)
+    runs = torch.tensor([[0, 4, -(1 << 40), 2, 5], [0, 4, 0, 0, 1 << 40], [0, 4, 0, 4, 0]])
+    out = attend(query, keys, values, runs, longest)
+    assert out.isfinite().all()
+    expected = by_hand(query[2:], keys, values, runs[2:], 0.25)
+    torch.testing.assert_close(out[2:].double(), expected, rtol=0, atol=5e-6)
 
 
 def test_no_rows() -> None:
-    empty = torch.zeros(0, 4, 8), torch.zeros(0, 5, 2, 8), torch.zeros(0, 5, 2, 3)
-    ids = torch.zeros(0, dtype=torch.int64)
-    assert ops.slot_attention(*empty, ids, ids).shape == (0, 4, 3)
+    empty = torch.zeros(0, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 3)
+    assert attend(*empty, torch.zeros(0, 5, dtype=torch.int64), 7).shape == (0, 4, 3)
