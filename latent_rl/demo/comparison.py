@@ -23,8 +23,8 @@ from latent_rl.demo.steps import LATENT, MAX_LENGTH
 from latent_rl.demo.tasks import TASKS, Task
 from latent_rl.demo.tiny_vlm import load_model, load_processor
 from latent_rl.demo.workspace import Workspace
-from latent_rl.demo.writing import write_json
 from latent_rl.eval import world_model_report
+from latent_rl.eval.writing import write_json
 from latent_rl.models import LatentActionModel
 from latent_rl.train import ArmRun, LatentArm, TokenArm
 

@@ -15,7 +15,7 @@ from latent_rl.data import load_paper_json
 from latent_rl.demo.scans import Scans, write_scans
 from latent_rl.demo.tasks import Amounts, Task
 from latent_rl.demo.world import DIGITS, QUESTIONS
-from latent_rl.demo.writing import write_json
+from latent_rl.eval.writing import write_json
 
 __all__ = ["captions", "english_exchanges", "exchanges", "write_corpora"]
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from latent_rl.demo.report_template import TEMPLATE
 from latent_rl.demo.result import ArmResult, DemoResult, Sample
-from latent_rl.demo.writing import write_bytes, write_text
 from latent_rl.eval import Interval
+from latent_rl.eval.writing import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

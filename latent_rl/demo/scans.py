@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from latent_rl.demo.world import DIGITS
-from latent_rl.demo.writing import write_json
+from latent_rl.eval.writing import write_json
 
 __all__ = ["SCAN_PIXELS", "Scans", "digit_of", "read_scans", "write_scans"]
 

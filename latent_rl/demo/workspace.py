@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_rl.demo.settings import DemoSettings
-from latent_rl.demo.writing import write_json
+from latent_rl.eval.writing import write_json
 
 __all__ = ["Workspace"]
 

@@ -19,7 +19,7 @@ from latent_rl.demo.tasks.base import (
     task_rewards,
 )
 from latent_rl.demo.world import ACTIONS, DIGITS, RoleSet, role_sets
-from latent_rl.demo.writing import write_json
+from latent_rl.eval.writing import write_json
 from latent_rl.rewards import NamesTheFact, RewardValue, completion_text
 
 __all__ = ["Personalised", "RoleFit"]

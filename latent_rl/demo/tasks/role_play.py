@@ -32,7 +32,7 @@ from latent_rl.demo.world import (
     Question,
     personas,
 )
-from latent_rl.demo.writing import write_json
+from latent_rl.eval.writing import write_json
 from latent_rl.rewards import NamesTheFact, RewardValue, completion_text
 
 __all__ = ["PersonaFit", "RolePlay"]

@@ -1,4 +1,4 @@
-"""Files written aside and renamed, so that an interrupted demo leaves none half-written."""
+"""Files written aside and renamed, so that an interruption leaves none half-written."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """As :func:`write_text`, with ``value`` as indented JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
+    """As :func:`write_text`, with ``value`` as JSON, indented unless ``compact``.
+
+    Raises:
+        ValueError: for NaN or infinity, which JSON does not have.
+    """
+    indent, separators = (None, (",", ":")) if compact else (1, None)
+    text = json.dumps(
+        value, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False
+    )
+    write_text(path, text + "\n")
