@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from transformers import TrainingArguments
 
 from latent_rl.train.advantages import RewardScale, reward_scale
 from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings
 from latent_rl.train.losses import Algorithm, ClipRange, LossSettings, algorithm, ratio_level
+from latent_rl.train.replay.memory import SPILLS, ReplayMemory
+from latent_rl.train.replay.packing import LAYOUTS, Layout
 from latent_rl.train.sampling import SampledDistribution
 
 __all__ = ["DECODER_OPTIONS", "LatentGRPOConfig"]
@@ -49,7 +52,13 @@ class LatentGRPOConfig(TrainingArguments):
                                takes the algorithm's default (dapo True, others False)
     max_resample_rounds        rounds of replacement before the rest is used as it is
     replay_dtype               dtype of the states kept for the updates, e.g. "bfloat16"; None keeps
-                               the rollout's
+                               the rollout's, or bfloat16 on CUDA when bf16=True
+    replay_memory_gb           10^9 bytes of states a process keeps on its device between a rollout
+                               and its updates; None is unlimited
+    replay_spill               beyond that: "host" moves states to host memory, "recompute" runs the
+                               trunk again in every update
+    replay_layout              input of the policy in an update: "packed" has real positions alone
+                               and a prompt once for its completions, "padded" one row each
     use_decoder                roll out with `latent_rl.decode.Decoder`; False takes the model's own
                                generate, slower and with every option of transformers
     decoder_slots              completions decoded at once, at most; None takes all of a rollout
@@ -84,6 +93,9 @@ class LatentGRPOConfig(TrainingArguments):
     dynamic_sampling: bool | None = None
     max_resample_rounds: int = 3
     replay_dtype: str | None = None
+    replay_memory_gb: float | None = None
+    replay_spill: str = "host"
+    replay_layout: str = "packed"
     use_decoder: bool = True
     decoder_slots: int | None = None
     generation_kwargs: dict[str, Any] | None = None
@@ -97,6 +109,7 @@ class LatentGRPOConfig(TrainingArguments):
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check_sizes()
         self._check_decoding()
+        self._check_replay()
         # Build what the names stand for once, so that a wrong one fails here and not in a rollout.
         self.loss_settings()
         self.estimator()
@@ -144,6 +157,38 @@ class LatentGRPOConfig(TrainingArguments):
                 f"{', '.join(DECODER_OPTIONS)}, got {', '.join(unknown)}; "
                 "use_decoder=False passes any to the backbone's generate"
             )
+
+    def _check_replay(self) -> None:
+        for name, known in (("replay_spill", SPILLS), ("replay_layout", LAYOUTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"LatentGRPOConfig: {name} must be one of {', '.join(sorted(known))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.replay_memory_gb is not None and not self.replay_memory_gb > 0:
+            raise ValueError(
+                f"LatentGRPOConfig: replay_memory_gb must be > 0 or None, "
+                f"got {self.replay_memory_gb}"
+            )
+        dtype = getattr(torch, self.replay_dtype or "float32", None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(
+                "LatentGRPOConfig: replay_dtype must name a floating dtype of torch or be None, "
+                f"got {self.replay_dtype!r}"
+            )
+
+    def replay_memory(self) -> ReplayMemory:
+        """The budget for states, what happens beyond it, and the dtype to keep them in."""
+        dtype = getattr(torch, self.replay_dtype) if self.replay_dtype else None
+        if dtype is None and self.bf16 and self.device.type == "cuda":
+            # The tower computes in bfloat16 under autocast, so nothing is lost by keeping it.
+            dtype = torch.bfloat16
+        budget = None if self.replay_memory_gb is None else int(self.replay_memory_gb * 1e9)
+        return ReplayMemory(budget, SPILLS[self.replay_spill], dtype)
+
+    def layout(self) -> Layout:
+        """How micro-batches are laid out for the policy."""
+        return LAYOUTS[self.replay_layout]
 
     @property
     def generation_batch_size(self) -> int:

@@ -24,7 +24,7 @@ from latent_rl.train.failure_watch import FailureWatch
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
 from latent_rl.train.losses import Normaliser, PolicyLoss, PolicyTerms
-from latent_rl.train.replay import Replay, action_outputs, replay_trace
+from latent_rl.train.replay import Replay, ReplayFeed, ReplayStates, action_outputs, held_bytes
 from latent_rl.train.rl_config import LatentGRPOConfig
 from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join_rollouts
 from latent_rl.train.rollout_metrics import rollout_metrics
@@ -42,7 +42,7 @@ __all__ = ["LatentGRPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
-EVAL_STREAM, SHUFFLE_STREAM, RESAMPLE_STREAM = 1, 2, 3
+EVAL_STREAM, RESAMPLE_STREAM = 1, 3
 
 
 class LatentGRPOTrainer(BaseTrainer):
@@ -89,6 +89,7 @@ class LatentGRPOTrainer(BaseTrainer):
         self._replay: Replay | None = None
         self._normaliser: Normaliser | None = None
         self._eval_batches = 0
+        self._feed = ReplayFeed(args)
         super().__init__(
             model=model,
             args=args,
@@ -165,14 +166,9 @@ class LatentGRPOTrainer(BaseTrainer):
         if within == 0 or self._replay is None:
             with self.meter.rollout():
                 self._replay = self._new_replay(inputs, rollout_number)
-        iteration, part = divmod(within, args.steps_per_generation or 1)
-        seed = mix_seed(args.seed, SHUFFLE_STREAM, rollout_number, iteration, args.process_index)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self._replay), generator=generator)
-        size = args.per_device_train_batch_size
-        rows = order[part * size : (part + 1) * size]
+        batch = self._feed.take(self._replay, self.micro_step)
         self.micro_step += 1
-        return self._replay.select(rows.to(self._replay.codes.device))
+        return self._scorer().when_used(batch)
 
     # Rollout.
 
@@ -184,12 +180,10 @@ class LatentGRPOTrainer(BaseTrainer):
         keep = rollout.completion_mask & rollout.keep_mask[:, None] & (rollout.codes >= 0)
         if args.mask_truncated_completions:
             keep = keep & rollout.terminated[:, None]
-        if rollout.trace is None:
-            raise RuntimeError("LatentGRPOTrainer: the rollout kept no hidden states")
-        dtype = getattr(torch, args.replay_dtype) if args.replay_dtype else None
+        memory = args.replay_memory()
         replay = Replay(
-            trace=replay_trace(model, rollout.trace, dtype),
-            first=rollout.prompt_length - 1,
+            states=ReplayStates.of(rollout.groups, model, memory.dtype),
+            layout=args.layout(),
             codes=rollout.codes,
             keep_mask=keep,
             advantages=torch.zeros_like(rollout.rewards),
@@ -201,6 +195,7 @@ class LatentGRPOTrainer(BaseTrainer):
         )
         scores = self._scorer()(replay)
         self._record_rollout(rollout, scores.logprobs, keep)
+        self.averages.add(memory.report(rollout.groups, rollout.forecast_bytes))
         estimate = args.estimator()(self._scored_rollout(rollout, keep, scores))
         moves = args.policy_moves_within_rollout
         return dataclasses.replace(
@@ -224,6 +219,7 @@ class LatentGRPOTrainer(BaseTrainer):
             batch_size=args.per_device_train_batch_size,
             autocast=self.accelerator.autocast,
             needs_logprobs=args.policy_moves_within_rollout or args.puts_kl_in_reward(),
+            needs_reference=args.num_iterations > 1 or args.puts_kl_in_reward(),
         )
 
     def _scored_rollout(
@@ -265,7 +261,8 @@ class LatentGRPOTrainer(BaseTrainer):
         parts: list[Rollout] = []
         for attempt in range(args.resample_rounds() + 1):
             seed = mix_seed(args.seed, rollout_number, attempt, args.process_index)
-            rollout = self._run(model, self.train_dataset, numbers, seed)
+            held = held_bytes([group for part in parts for group in part.groups])
+            rollout = self._run(model, self.train_dataset, numbers, seed, held=held)
             self.failures.add(rollout)
             self.meter.count(len(rollout), int(rollout.completion_mask.sum()))
             informative = rollout.informative_groups(group, scale)
@@ -273,10 +270,10 @@ class LatentGRPOTrainer(BaseTrainer):
             if attempt == args.resample_rounds() or int(informative.sum()) * group >= missing:
                 # The rest is filled with groups whose advantages are 0.
                 order = torch.argsort(~informative, stable=True)[: missing // group]
-                parts.append(rollout.select(_rows_of(order.sort().values, group)))
+                parts.append(rollout.select_groups(order.sort().values, group))
                 break
             if informative.any():
-                parts.append(rollout.select(_rows_of(informative.nonzero()[:, 0], group)))
+                parts.append(rollout.select_groups(informative.nonzero()[:, 0], group))
             missing = wanted - sum(len(part) for part in parts)
             numbers = self._other_prompts(missing // group, rollout_number, attempt)
         if args.resample_rounds():
@@ -298,13 +295,21 @@ class LatentGRPOTrainer(BaseTrainer):
         numbers: Sequence[int],
         seed: int,
         return_hidden: bool = True,
+        held: int = 0,
     ) -> Rollout:
         unique = {number: dataset[number] for number in dict.fromkeys(numbers)}
         rows = [unique[number] for number in numbers]
         seeds = ops.row_seeds(seed, len(rows), model.device)
         columns = {"trainer_state": self.state, **self.reward_log.arguments()}
         with self.accelerator.autocast():
-            return self.worker.run(model, rows, seeds, columns=columns, return_hidden=return_hidden)
+            return self.worker.run(
+                model,
+                rows,
+                seeds,
+                columns=columns,
+                return_hidden=return_hidden,
+                held_bytes=held,
+            )
 
     # Update.
 
@@ -383,12 +388,6 @@ class LatentGRPOTrainer(BaseTrainer):
         metrics |= self.reward_log.flush(gather_object)
         self.eval_averages.add({**metrics, "rollout_seconds": rollout.seconds})
         return None, None, None
-
-
-def _rows_of(groups: Tensor, group_size: int) -> Tensor:
-    """Group numbers [P] -> row numbers [P * G]."""
-    offsets = torch.arange(group_size, device=groups.device)
-    return (groups[:, None] * group_size + offsets).flatten()
 
 
 def _default_renderer() -> PromptRenderer:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from latent_rl.decode import Decoder
-from latent_rl.models import LatentGeneration, Trace
 from latent_rl.rewards import RewardFailure, RewardFunction, RewardTable, score_rows
 from latent_rl.train.advantages import RewardScale, group_advantages
-from latent_rl.train.replay import join_traces
+from latent_rl.train.completions import CompletionMaker, PromptRenderer, Row
+from latent_rl.train.replay.archive import KeptGroup
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
     from latent_rl.train.rl_config import LatentGRPOConfig
 
 __all__ = ["PromptRenderer", "Rollout", "RolloutWorker", "join_rollouts"]
-
-Row: TypeAlias = "Mapping[str, Any]"
-
-PromptRenderer: TypeAlias = Callable[[Any, list[dict[str, Any]]], Mapping[str, Tensor]]
-"""(processing_class, rows with `prompt` and `images`) -> left-padded model inputs."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,8 @@ class Rollout:
 
     rows        the dataset rows, one per completion
     texts       decoded completions
+    groups      what was kept of each group's states, in the order of the rows; empty if nothing
+    forecast_bytes  what the states take at most, said before the rollout
     codes, logprobs, completion_mask [B, T]; terminated [B] bool (an end-of-sequence token was
     emitted); seeds [B]; rewards [B] float32 with NaN where keep_mask [B] is False
     per_function [B, F] with NaN gaps; names of the F functions; failed [B, F] bool
@@ -42,8 +37,8 @@ class Rollout:
 
     rows: list[Row]
     texts: list[str]
-    trace: Trace | None
-    prompt_length: int
+    groups: tuple[KeptGroup, ...]
+    forecast_bytes: int
     codes: Tensor
     logprobs: Tensor
     completion_mask: Tensor
@@ -64,14 +59,16 @@ class Rollout:
         """Return bool [P], True for groups whose kept rewards differ."""
         return group_advantages(self.rewards, group_size, scale, self.keep_mask).group_std > 1e-8
 
-    def select(self, rows: Tensor) -> Rollout:
-        """Return the given completions (int64 [R])."""
+    def select_groups(self, groups: Tensor, group_size: int) -> Rollout:
+        """Return the completions of the given groups (int64 [P])."""
+        offsets = torch.arange(group_size, device=groups.device)
+        rows = (groups[:, None] * group_size + offsets).flatten()
         picked = rows.tolist()
         return Rollout(
             rows=[self.rows[i] for i in picked],
             texts=[self.texts[i] for i in picked],
-            trace=None if self.trace is None else self.trace.select(rows),
-            prompt_length=self.prompt_length,
+            groups=tuple(self.groups[i] for i in groups.tolist()),
+            forecast_bytes=self.forecast_bytes * len(picked) // max(1, len(self)),
             codes=self.codes[rows],
             logprobs=self.logprobs[rows],
             completion_mask=self.completion_mask[rows],
@@ -105,13 +102,11 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
     def stacked(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
-    lengths = [part.prompt_length for part in parts]
-    traces = [part.trace for part in parts if part.trace is not None]
     return Rollout(
         rows=[row for part in parts for row in part.rows],
         texts=[text for part in parts for text in part.texts],
-        trace=join_traces(traces, lengths, steps) if traces else None,
-        prompt_length=max(lengths),
+        groups=tuple(group for part in parts for group in part.groups),
+        forecast_bytes=sum(part.forecast_bytes for part in parts),
         codes=joined("codes", -1),
         logprobs=joined("logprobs", 0.0),
         completion_mask=joined("completion_mask", False),
@@ -140,8 +135,7 @@ class RolloutWorker:
         self.args = args
         self.reward_funcs = list(reward_funcs)
         self.processing_class = processing_class
-        self.renderer = renderer
-        self._decoder: Decoder | None = None
+        self.maker = CompletionMaker(args, processing_class, renderer)
 
     @torch.no_grad()
     def run(
@@ -152,18 +146,17 @@ class RolloutWorker:
         *,
         columns: Mapping[str, Any],
         return_hidden: bool = True,
+        held_bytes: int = 0,
     ) -> Rollout:
         """Generate one completion per row from its own seed and score them all.
 
         columns: extra keyword arguments for the reward functions, the same for every row
-        (`trainer_state`). `seconds` is the time of generation alone.
+        (`trainer_state`). return_hidden: keep states for the updates, beside `held_bytes` of
+        earlier rollouts. `seconds` is the time of generation alone.
         """
-        generate = self._decode if self.args.use_decoder else self._generate
-        generation, seconds = generate(model, rows, seeds, return_hidden)
-        mask = generation.completion_mask
-        ids = [
-            row[keep].tolist() for row, keep in zip(generation.completion_ids, mask, strict=True)
-        ]
+        made = self.maker.make(model, rows, seeds, keep=return_hidden, held=held_bytes)
+        mask = made.mask
+        ids = [row[keep].tolist() for row, keep in zip(made.ids, mask, strict=True)]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         table = self._score(rows, texts, ids, columns)
         device = mask.device
@@ -171,14 +164,14 @@ class RolloutWorker:
         # as the batch did only if its last token is an end.
         ends = torch.tensor(_end_ids(model), device=device)
         last = (mask.sum(1) - 1).clamp(min=0)[:, None]
-        terminated = torch.isin(generation.completion_ids.gather(1, last)[:, 0], ends)
+        terminated = torch.isin(made.ids.gather(1, last)[:, 0], ends)
         return Rollout(
             rows=rows,
             texts=texts,
-            trace=generation.trace,
-            prompt_length=generation.prompt_length,
-            codes=generation.codes,
-            logprobs=generation.logprobs,
+            groups=made.groups,
+            forecast_bytes=made.forecast_bytes,
+            codes=made.codes,
+            logprobs=made.logprobs,
             completion_mask=mask,
             terminated=terminated,
             seeds=seeds,
@@ -188,69 +181,8 @@ class RolloutWorker:
             failed=torch.tensor(table.failed_per_function, device=device).T.contiguous(),
             names=table.names,
             failures=table.failures,
-            seconds=seconds,
+            seconds=made.seconds,
         )
-
-    def _decode(
-        self, model: LatentActionModel, rows: list[Row], seeds: Tensor, return_hidden: bool
-    ) -> tuple[LatentGeneration, float]:
-        """Completions by the decoding engine, which reads a group's prompt once; and seconds."""
-        args = self.args
-        if self._decoder is None or self._decoder.model is not model:
-            self._decoder = Decoder(model, tokenizer=self.processing_class)
-        self._decoder.slots = args.decoder_slots or len(rows)
-        group = _group_size(rows)
-        inputs = self._render(rows[::group], model.device)
-        started = time.perf_counter()
-        out = self._decoder.generate(
-            inputs,
-            max_new_tokens=args.max_completion_length,
-            num_generations=group,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p or 0.0,
-            seed=seeds,
-            do_sample_tokens=args.do_sample_tokens,
-            return_hidden=return_hidden,
-            **(args.generation_kwargs or {}),
-        )
-        return out.generation, time.perf_counter() - started
-
-    def _generate(
-        self, model: LatentActionModel, rows: list[Row], seeds: Tensor, return_hidden: bool
-    ) -> tuple[LatentGeneration, float]:
-        """Completions by the model's own generate; and seconds."""
-        args = self.args
-        inputs = self._render(rows, model.device)
-        started = time.perf_counter()
-        out = model.generate(
-            inputs,
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p or 0.0,
-            seed=seeds,
-            do_sample_tokens=args.do_sample_tokens,
-            return_hidden=return_hidden,
-            generation_kwargs=args.generation_kwargs,
-        )
-        return out, time.perf_counter() - started
-
-    def _render(self, rows: list[Row], device: torch.device) -> dict[str, Tensor]:
-        prepared = []
-        for row in rows:
-            prompt, images = row["prompt"], row.get("images")
-            if images is None and row.get("image") is not None:
-                images = [row["image"]]
-            if isinstance(prompt, str):
-                prompt = [{"role": "user", "content": prompt}]
-            prepared.append({**row, "prompt": prompt, "images": list(images or [])})
-        inputs = self.renderer(self.processing_class, prepared)
-        return {
-            name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)
-        }
 
     def _score(
         self,
@@ -262,13 +194,6 @@ class RolloutWorker:
         return score_rows(
             self.reward_funcs, rows, texts, ids, weights=self.args.reward_weights, extra=extra
         )
-
-
-def _group_size(rows: list[Row]) -> int:
-    """How many times each prompt is repeated, when all are equally often and in a row; else 1."""
-    starts = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
-    group = len(rows) // len(starts)
-    return group if starts == list(range(0, len(rows), group)) else 1
 
 
 def _end_ids(model: LatentActionModel) -> list[int]:

@@ -7,6 +7,7 @@ one TRL's estimators estimate.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 
 from latent_rl import ops
 from latent_rl.train.losses import PolicyTerms, ValueTerms
-from latent_rl.train.replay import ActionOutputs, Replay, action_logits, action_outputs
+from latent_rl.train.replay import (
+    ActionOutputs,
+    Replay,
+    ReplayBatch,
+    action_logits,
+    action_outputs,
+    micro_batches,
+)
 from latent_rl.train.sampling import SampledDistribution
 
 if TYPE_CHECKING:
@@ -48,10 +56,12 @@ class RolloutScores(NamedTuple):
 class Scorer:
     """Runs policy, reference and value head over a rollout, a micro-batch at a time.
 
-    batch_size      rows at a time
-    autocast        context of the forward passes
-    needs_logprobs  whether to run the policy at all: updates compare with it or rewards hold
-                    its KL
+    batch_size       rows at a time
+    autocast         context of the forward passes
+    needs_logprobs   whether to run the policy at all: updates compare with it or rewards hold
+                     its KL
+    needs_reference  whether to run the reference on the whole rollout: rows are used more than
+                     once, or rewards hold its KL
     """
 
     policy: LatentPolicy
@@ -61,23 +71,46 @@ class Scorer:
     batch_size: int
     autocast: Callable[[], AbstractContextManager[None]]
     needs_logprobs: bool
+    needs_reference: bool
 
     @torch.no_grad()
     def __call__(self, replay: Replay) -> RolloutScores:
-        """Return the scores of every row."""
-        everything = torch.arange(len(replay), device=replay.codes.device)
-        batches = torch.split(everything, self.batch_size)
-        parts = [self._part(replay.select(rows)) for rows in batches]
-        joined = [
-            None if column[0] is None else torch.cat([part for part in column if part is not None])
-            for column in zip(*parts, strict=True)
-        ]
-        return RolloutScores(*joined)
+        """Return the scores of every row; zero where no step is kept."""
+        tables: dict[str, Tensor] = {}
+        if not (self.needs_logprobs or self.needs_reference or self.value_head is not None):
+            return RolloutScores(None, None, None, None, None)
+        parts = [0] * -(-len(replay) // self.batch_size)
+        batches = micro_batches(
+            replay.kept_counts(), replay.states.group_size, self.batch_size, parts, 0
+        )
+        for rows, following in zip(batches, [*batches[1:], []], strict=True):
+            batch = replay.batch(rows)
+            if following:
+                replay.prefetch(following)
+            index, steps = torch.tensor(rows, device=replay.codes.device), batch.codes.shape[1]
+            for name, found in self._part(batch)._asdict().items():
+                if found is not None:
+                    shape = (*replay.codes.shape, *found.shape[2:])
+                    table = tables.setdefault(name, found.new_zeros(shape))
+                    table[index, :steps] = found
+        return RolloutScores(**{name: tables.get(name) for name in RolloutScores._fields})
 
-    def _part(self, part: Replay) -> RolloutScores:
+    @torch.no_grad()
+    def when_used(self, batch: ReplayBatch) -> ReplayBatch:
+        """Return a micro-batch with the reference's logits, unless it has them or needs none.
+
+        Rows that are used once are scored then: nothing of size T x K waits for them, and their
+        states are fetched once.
+        """
+        if self.reference is None or batch.ref_logits is not None:
+            return batch
+        with self.autocast():
+            return dataclasses.replace(batch, ref_logits=action_logits(self.reference, batch))
+
+    def _part(self, part: ReplayBatch) -> RolloutScores:
         logprobs = support = ref_logits = log_ratio = values = None
         with self.autocast():
-            if self.reference is not None:
+            if self.reference is not None and self.needs_reference:
                 ref_logits = action_logits(self.reference, part)
             if self.needs_logprobs or self.value_head is not None:
                 logits, values = action_outputs(self.policy, part, self.value_head)
@@ -85,6 +118,10 @@ class Scorer:
                 logprobs = self._logprob(logits, support, part.codes)
                 if ref_logits is not None:
                     log_ratio = logprobs - self._logprob(ref_logits, support, part.codes)
+        for scores in (logprobs, log_ratio):
+            if scores is not None:
+                # Steps without a code are no number.
+                scores.masked_fill_(~part.keep_mask, 0.0)
         return RolloutScores(logprobs, support, ref_logits, log_ratio, values)
 
     def _logprob(self, logits: Tensor, support: Tensor | None, codes: Tensor) -> Tensor:
@@ -100,7 +137,7 @@ class ScoredTerms(NamedTuple):
 
 
 def score_update(
-    outputs: ActionOutputs, replay: Replay, distribution: SampledDistribution
+    outputs: ActionOutputs, replay: ReplayBatch, distribution: SampledDistribution
 ) -> ScoredTerms:
     """Return the loss's terms for the policy's outputs on a share of the replay.
 
