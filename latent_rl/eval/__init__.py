@@ -4,6 +4,7 @@ from latent_rl.eval.answerers import FixedAnswers, LatentAnswerer, TokenAnswerer
 from latent_rl.eval.answering import Answer, Answerer, Row, Sampling, answer_seeds
 from latent_rl.eval.code_tokens import CodeUse, code_uses
 from latent_rl.eval.codes import CodeUsage, code_usage
+from latent_rl.eval.compare import Comparison, compare
 from latent_rl.eval.diversity import distinct_n, distinct_responses, self_bleu
 from latent_rl.eval.embedding import BUNDLED_ENCODER, SentenceEncoder, load_encoder
 from latent_rl.eval.harness import evaluate
@@ -34,6 +35,7 @@ __all__ = [
     "Answerer",
     "CodeUsage",
     "CodeUse",
+    "Comparison",
     "Evaluation",
     "EvaluationSettings",
     "FixedAnswers",
@@ -50,6 +52,7 @@ __all__ = [
     "clustered_interval",
     "code_usage",
     "code_uses",
+    "compare",
     "distinct_n",
     "distinct_responses",
     "evaluate",
