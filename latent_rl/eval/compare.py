@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from latent_rl.eval.intervals import Interval, paired_interval
-from latent_rl.eval.record import Evaluation, RewardRecord
+from latent_rl.eval.record import Evaluation, RewardRecord, ScoredAnswer
 from latent_rl.eval.summary import (
     GREEDY,
     REWARD,
@@ -114,7 +114,7 @@ def _lost(evaluation: Evaluation, name: str) -> list[str]:
     return [f"{name}: {lost} of {total} answers have no reward and were dropped"] if lost else []
 
 
-def _answers(evaluation: Evaluation) -> list[object]:
+def _answers(evaluation: Evaluation) -> list[ScoredAnswer]:
     prompts = [p for split in evaluation.splits.values() for p in split.prompts]
     return [a for p in prompts for a in (*p.samples, *([p.greedy] if p.greedy else []))]
 

@@ -41,12 +41,16 @@ def test_a_run_does_not_differ_from_itself() -> None:
         assert (metric.differences[1].mean, metric.differences[1].excludes_zero) == (0, False)
 
 
+def place(*, completions, **columns):
+    return [float(i) for i in columns["id"]]
+
+
 def test_prompts_are_paired_by_content_not_by_place() -> None:
     def run(order):
         return evaluate(
             WordAnswerer(skill=1.0),
             {"test": [rows(9)[i] for i in order]},
-            [lambda *, completions, id, **columns: [float(i) for i in id]],
+            [place],
             settings=EvaluationSettings(samples=2),
         )
 
