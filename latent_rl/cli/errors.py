@@ -19,8 +19,9 @@ class UserError(Exception):
 
 
 # ValueError and TypeError because the library's own checks raise them, by rule, for bad values;
-# OSError for files; ImportError for optional packages that a request needs.
-_USER_ERRORS = (UserError, ValueError, TypeError, OSError, ImportError)
+# OSError for files; ImportError for optional packages that a request needs; FloatingPointError for
+# a run that diverged.
+_USER_ERRORS = (UserError, ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
 def exit_code(error: Exception) -> int:

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -41,6 +40,7 @@ from latent_rl.train.checkpointing import (
 from latent_rl.train.metric_averages import MetricAverages
 from latent_rl.train.run_lock import run_lock
 from latent_rl.train.stateful import StatefulParts
+from latent_rl.train.watched_trainer import WatchedTrainer
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
@@ -103,7 +103,7 @@ class _LossWindow(TrainerCallback):
             self._resumed = None
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(WatchedTrainer):
     """A transformers Trainer of a LatentActionModel.
 
     Checkpoints hold the latent modules (and tuned backbone layers), optimiser, schedule, random
@@ -128,17 +128,6 @@ class BaseTrainer(Trainer):
         # Our losses are means over a micro-batch; the Trainer divides them by the accumulation
         # steps.
         self.model_accepts_loss_kwargs = False
-
-    @property
-    def output_dir(self) -> Path:
-        """Where checkpoints go (TrainingArguments fills its default in)."""
-        return Path(self.args.output_dir or "trainer_output")
-
-    @property
-    def latent_model(self) -> LatentActionModel:
-        """The model without the wrappers of distributed training."""
-        inner: LatentActionModel = self.accelerator.unwrap_model(self.model)
-        return inner
 
     def resolve_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the directory to resume from: True means the last *complete* checkpoint of
@@ -167,6 +156,7 @@ class BaseTrainer(Trainer):
         Raises:
             RunInUseError: another run is training in `output_dir`.
             CheckpointWriteError: a checkpoint could not be written (a full disk).
+            TrainingDivergedError: see `BaseArguments.stop_on_nan`.
         """
         writes = self.args.should_save and self.args.save_strategy != SaveStrategy.NO
         with run_lock(self.output_dir) if writes else nullcontext():
@@ -175,6 +165,7 @@ class BaseTrainer(Trainer):
             if self.args.process_index == 0:
                 resume = [self.resolve_checkpoint(resume_from_checkpoint)]
             broadcast_object_list(resume)
+            self.watch.clear()
             if resume[0] is None:
                 self._start_anew()
             return super().train(resume[0], *args, **kwargs)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import TrainingArguments
 
 from latent_rl.train.advantages import RewardScale, reward_scale
+from latent_rl.train.arguments import BaseArguments
 from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings
 from latent_rl.train.losses import Algorithm, ClipRange, LossSettings, algorithm, ratio_level
 from latent_rl.train.replay.memory import SPILLS, ReplayMemory
@@ -21,8 +21,8 @@ DECODER_OPTIONS = ("min_new_tokens", "eos_token_id", "stop_strings", "suppress_t
 
 
 @dataclass
-class LatentGRPOConfig(TrainingArguments):
-    """TrainingArguments plus the settings of the GRPO family; names and meanings as in
+class LatentGRPOConfig(BaseArguments):
+    """`BaseArguments` plus the settings of the GRPO family; names and meanings as in
     `trl.GRPOConfig` with latent codes in the place of tokens.
 
     num_generations            G completions per prompt
@@ -102,9 +102,7 @@ class LatentGRPOConfig(TrainingArguments):
     shuffle_dataset: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        # Rows carry prompts, images and columns that no forward signature names.
-        self.remove_unused_columns = False
+        super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         self._check_sizes()

@@ -28,6 +28,7 @@ from latent_rl.train.replay import Replay, ReplayFeed, ReplayStates, action_outp
 from latent_rl.train.rl_config import LatentGRPOConfig
 from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join_rollouts
 from latent_rl.train.rollout_metrics import rollout_metrics
+from latent_rl.train.rollout_record import BatchRecord, RolloutRecord
 from latent_rl.train.rollout_state import RolloutState
 from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.sampling import mix_seed
@@ -87,6 +88,8 @@ class LatentGRPOTrainer(BaseTrainer):
         self.value_head: nn.Module | None = None
         self.micro_step = 0
         self._replay: Replay | None = None
+        self._words: RolloutRecord | None = None
+        self._last_batch: BatchRecord | None = None
         self._normaliser: Normaliser | None = None
         self._eval_batches = 0
         self._feed = ReplayFeed(args)
@@ -177,6 +180,7 @@ class LatentGRPOTrainer(BaseTrainer):
         set_training_modes(model, [])
         rollout = self._sample(model, numbers, rollout_number)
         self.failures.check(self.accelerator.gather, gather_object, model.device)
+        self._words = RolloutRecord.of(rollout)
         keep = rollout.completion_mask & rollout.keep_mask[:, None] & (rollout.codes >= 0)
         if args.mask_truncated_completions:
             keep = keep & rollout.terminated[:, None]
@@ -322,6 +326,7 @@ class LatentGRPOTrainer(BaseTrainer):
     ) -> Any:
         """Return the algorithm's loss on a share of the replay."""
         inner, args = self.latent_model, self.args
+        self._last_batch = BatchRecord.of(inputs, self._words)
         # Dropout would make the scored policy another than the one that sampled; recomputing
         # activations needs train mode.
         set_training_modes(inner, [inner.latent.policy] if inner.is_gradient_checkpointing else [])
@@ -337,6 +342,12 @@ class LatentGRPOTrainer(BaseTrainer):
         )
         self._record(terms, result, entropy)
         return (result.loss, {}) if return_outputs else result.loss
+
+    def _handle(self, inputs: Any) -> BatchRecord | None:
+        return self._last_batch
+
+    def _describe(self, handle: BatchRecord) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return handle.tensors, handle.in_words()
 
     @torch.no_grad()
     def _record(self, terms: PolicyTerms, result: PolicyLoss, entropy: Tensor) -> None:

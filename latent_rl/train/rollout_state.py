@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latent_rl.train.losses import Normaliser
 from latent_rl.train.replay import Replay
+from latent_rl.train.rollout_record import RolloutRecord
 
 if TYPE_CHECKING:
     from latent_rl.train.rl_trainer import LatentGRPOTrainer
@@ -36,14 +37,19 @@ class RolloutState:
             "micro_step": trainer.micro_step,
             "micro_steps_per_rollout": trainer.args.micro_steps_per_rollout,
         }
-        replay, normaliser = trainer._replay, trainer._normaliser
+        replay, normaliser, record = trainer._replay, trainer._normaliser, trainer._words
         if trainer.micro_step % trainer.args.micro_steps_per_rollout == 0:
             return state
-        if replay is None or normaliser is None:
+        if replay is None or normaliser is None or record is None:
             raise RuntimeError("LatentGRPOTrainer: in the middle of a rollout without its replay")
         tensors, meta = replay.state()
         numbers = {f.name: getattr(normaliser, f.name) for f in dataclasses.fields(normaliser)}
-        return {**state, "replay": {"tensors": tensors, "meta": meta}, "normaliser": numbers}
+        return {
+            **state,
+            "replay": {"tensors": tensors, "meta": meta},
+            "normaliser": numbers,
+            "record": record.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         """Put the trainer where the saved one was.
@@ -59,11 +65,12 @@ class RolloutState:
                 f"checkpoint, it is {ours} now; resume with the same settings"
             )
         trainer.micro_step = int(state_dict["micro_step"])
-        trainer._replay = trainer._normaliser = None
+        trainer._replay = trainer._normaliser = trainer._words = None
         replay = state_dict.get("replay")
         if replay is not None:
             model = trainer.latent_model
             trainer._replay = Replay.from_state(replay["tensors"], replay["meta"], model)
+            trainer._words = RolloutRecord.from_state(state_dict["record"])
             numbers: dict[str, Any] = {
                 name: value.to(model.device) if isinstance(value, Tensor) else value
                 for name, value in state_dict["normaliser"].items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
+from latent_rl.train.arguments import BaseArguments
 from latent_rl.train.base_trainer import BaseTrainer
 from latent_rl.train.feature_cache import FeatureCache, collate_features
 from latent_rl.train.forwarding import forward_through
@@ -28,8 +30,8 @@ __all__ = ["StageArguments", "StageTrainer"]
 
 
 @dataclass
-class StageArguments(TrainingArguments):
-    """TrainingArguments whose learning rate and schedule default to the stage's own.
+class StageArguments(BaseArguments):
+    """`BaseArguments` whose learning rate and schedule default to the stage's own.
 
     learning_rate        None takes `stage.learning_rate`
     use_stage_schedule   True takes `stage.schedule`; False the `lr_scheduler_*` and `warmup_*`
@@ -40,11 +42,6 @@ class StageArguments(TrainingArguments):
     learning_rate: float | None = None  # type: ignore[assignment]
     use_stage_schedule: bool = True
     probe: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        # Rows carry messages, images and traces that no forward signature names.
-        self.remove_unused_columns = False
 
 
 class StageTrainer(BaseTrainer):
@@ -172,6 +169,21 @@ class StageTrainer(BaseTrainer):
             if training:
                 set_training_modes(model, self.stage.trainable(model))
 
+    def _moved_by_forward(self) -> list[Tensor]:
+        """The running averages of an EMA codebook, and the codes made of them."""
+        state = self.latent_model.latent.quantizer.state_dict(keep_vars=True)
+        return [tensor for tensor in state.values() if not tensor.requires_grad]
+
+    def _describe(self, handle: Batch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The batch as collated, and its text; a cached batch has token ids in its labels only."""
+        tensors = dict(_tensors(handle))
+        texts: list[str] = []
+        ids = tensors.get("inputs.input_ids")
+        decode = getattr(self.processing_class, "batch_decode", None)
+        if ids is not None and decode is not None:
+            texts = decode(ids)
+        return tensors, {"texts": texts}
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -193,6 +205,18 @@ class StageTrainer(BaseTrainer):
         grouped = LengthGroupedSampler(lengths, self.args.train_batch_size, seed=self.args.seed)
         self.epoch_sampler = grouped
         return grouped
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested mappings and dataclasses, by dotted names."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name), f"{name}.{field.name}".strip("."))
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(inner, f"{name}.{key}".strip("."))
 
 
 def _collator(

@@ -78,8 +78,8 @@ def whole(runs, tmp_path_factory):
 
 
 def numbers(out: Path) -> list[dict]:
-    """The log except the clock."""
-    clocks = ("seconds", "runtime", "per_second")
+    """The log except what is measured."""
+    clocks = ("seconds", "runtime", "per_second", "memory_bytes")
     return [
         {name: value for name, value in entry.items() if not name.endswith(clocks)}
         for entry in json.loads((out / "log.json").read_text())

@@ -85,6 +85,9 @@ def test_names_are_trl_s():
         "decoder_slots",
         "max_reward_failure_rate",
         "reward_failure_window",
+        "stop_on_nan",
+        "max_loss",
+        "max_grad_norm_before_stop",
     }
     assert ours - theirs == extra
 

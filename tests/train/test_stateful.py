@@ -129,8 +129,8 @@ MIDDLE = {
 
 
 def numbers(trainer):
-    """Everything logged except the clock."""
-    skip = ("seconds", "runtime", "per_second")
+    """Everything logged except what is measured."""
+    skip = ("seconds", "runtime", "per_second", "memory_bytes")
     return [
         {name: value for name, value in entry.items() if not name.endswith(skip)}
         for entry in trainer.state.log_history
