@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, silu
 
-from benchmarks.registry import Entry, Goal, Inputs, Pass, Peer, Shape
+from benchmarks.registry import Call, Entry, Goal, Inputs, Pass, Peer, Shape
 from benchmarks.steps import compiled, differentiated
 from latent_rl import ops
 
@@ -36,6 +36,14 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
 def merge(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     return (
         ops.gated_merge(t["e"], t["codes"], t["codebook"], t["w_gate"], t["w_up"], t["w_down"]),
+    )
+
+
+def with_tables(t: Inputs, which: Pass) -> Call:
+    """A decoding step: the code's share of the products was made before."""
+    tables = ops.merge_tables(t["codebook"], t["w_gate"], t["w_up"])
+    return lambda: (
+        ops.gated_merge_step(t["e"], t["codes"], tables, t["w_gate"], t["w_up"], t["w_down"]),
     )
 
 
@@ -83,6 +91,12 @@ ENTRY = Entry(
             "a 0.5B model",
             {"cpu": ("float32", "bfloat16")},
         ),
+        Shape({"N": 64, "H": 1024, "I": 2816, "K": 128}, "a decoding step", {"cpu": ("float32",)}),
+        Shape(
+            {"N": 64, "H": 2048, "I": 11008, "K": 128},
+            "a decoding step of a 3B model",
+            {"cuda": ("bfloat16",)},
+        ),
         Shape({"N": 2048, "H": 128, "I": 256, "K": 64}, "the demo's model", {"cpu": ("float32",)}),
         Shape(
             {"N": 8192, "H": 2048, "I": 11008, "K": 128},
@@ -94,6 +108,12 @@ ENTRY = Entry(
     make_inputs=make_inputs,
     ours=differentiated(merge, WANTED),
     peers=(
+        Peer(
+            "tables at hand",
+            with_tables,
+            passes=(Pass.FORWARD,),
+            note="ours: gated_merge_step, where weights do not change between calls",
+        ),
         Peer(CONCATENATED, differentiated(concatenated, WANTED)),
         Peer("torch.compile", compiled(concatenated, WANTED), note="of the concatenated form"),
         Peer(
