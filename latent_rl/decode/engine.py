@@ -22,6 +22,8 @@ __all__ = ["Decoder"]
 
 # Prompts held at once, over those that fill the slots.
 _OVERLAP = 3
+# Places for prompts are this long, or a multiple of it.
+_PROMPT_STEP = 32
 
 
 class Decoder:
@@ -258,6 +260,7 @@ class Decoder:
             self.model,
             layout=self._layout(requests, prompt_tokens, new_tokens, num_generations),
             requests=requests,
+            prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             hidden_dtype=(self.hidden_dtype or self.model.dtype) if return_hidden else None,
         )
@@ -274,7 +277,9 @@ class Decoder:
         # Slots are refilled one by one, so that prompts overlap; completions that outlive theirs
         # by far may make the queue wait.
         held = 1 + _OVERLAP * -(-slots // num_generations)
-        return SlotLayout(min(prompts, slots, held), prompt_tokens, slots, new_tokens)
+        # In steps, so that a slightly longer prompt needs no new storage and no new step.
+        length = -(-prompt_tokens // _PROMPT_STEP) * _PROMPT_STEP
+        return SlotLayout(min(prompts, slots, held), length, slots, new_tokens)
 
     def _space(self, layout: SlotLayout) -> Workspace:
         """The workspace, made anew when it is too small or of another device or dtype."""

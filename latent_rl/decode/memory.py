@@ -99,6 +99,7 @@ def make_plan(
     *,
     layout: SlotLayout,
     requests: int,
+    prompt_tokens: int,
     new_tokens: int,
     hidden_dtype: torch.dtype | None,
 ) -> DecodePlan:
@@ -114,7 +115,7 @@ def make_plan(
     rows = requests + 1
     hidden = 0
     if hidden_dtype is not None:
-        states = rows * (layout.prompt_length + new_tokens - 1)
+        states = rows * (prompt_tokens + new_tokens - 1)
         hidden = states * int(model.decoder.config.hidden_size) * hidden_dtype.itemsize
     return DecodePlan(
         weights_bytes=weights,

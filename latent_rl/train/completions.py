@@ -128,7 +128,9 @@ class CompletionMaker:
         """The decoding engine, which reads a group's prompt once."""
         args = self.args
         if self._decoder is None or self._decoder.model is not model:
-            self._decoder = Decoder(model, tokenizer=self.processing_class)
+            self._decoder = Decoder(
+                model, tokenizer=self.processing_class, compile=args.decoder_compile
+            )
         decoder = self._decoder
 
         def decode(

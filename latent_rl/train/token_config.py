@@ -22,7 +22,7 @@ TOKEN_MAPPING: Mapping[str, str] = {
     "do_sample_tokens": "tokens are the actions, so they are always sampled",
     "epsilon, epsilon_high, importance_sampling_level, scale_rewards": "where they are None: the "
     "values that `loss_type` gives the latent run",
-    "replay_*, use_decoder, decoder_slots": "say how latent rollouts are computed and kept; "
+    "replay_*, use_decoder, decoder_*": "say how latent rollouts are computed and kept; "
     "TRL generates with the model's own generate and keeps no states",
     "dynamic_sampling": "refused: TRL has none. Set it to False in both arms",
     "generation_kwargs": "passed on, but for stop_strings, which TRL cannot take",
@@ -30,7 +30,13 @@ TOKEN_MAPPING: Mapping[str, str] = {
 """What becomes of a setting that TRL does not have or that means something else there."""
 
 # Say how rollouts of codes are computed; no result depends on them.
-_ENGINE = ("use_decoder", "decoder_slots", "max_resample_rounds", "do_sample_tokens")
+_ENGINE = (
+    "use_decoder",
+    "decoder_slots",
+    "decoder_compile",
+    "max_resample_rounds",
+    "do_sample_tokens",
+)
 _ENGINE_PREFIX = "replay_"
 _RESOLVED = (
     "loss_type",

@@ -83,6 +83,7 @@ def test_names_are_trl_s():
         "replay_spill",
         "use_decoder",
         "decoder_slots",
+        "decoder_compile",
         "max_reward_failure_rate",
         "reward_failure_window",
         "stop_on_nan",

@@ -357,3 +357,13 @@ def test_a_prompt_s_rows_share_one_prefill(tmp_path):
     handle.remove()
     assert sum(batch for batch, length in lengths if length > 1) == 2
     assert max(batch for batch, length in lengths if length == 1) == 3
+
+
+def test_a_compiled_decoder_is_asked_for_by_name(tmp_path, monkeypatch):
+    compiled = []
+    # Compiling itself is tested with the decoder; here it is enough that it is asked for.
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiled.append(options) or step)
+    trainer, model = make(tmp_path, decoder_compile=True)
+    rows = [row for row in prompts(1) for _ in range(4)]
+    trainer.worker.run(model, rows, ops.row_seeds(5, 4), columns={})
+    assert compiled
