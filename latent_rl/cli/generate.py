@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from latent_rl.cli.errors import UserError
@@ -18,6 +17,7 @@ from latent_rl.cli.loading import (
     load_processor,
     no_bars_in_logs,
     saved_latent_config,
+    torch_device,
 )
 from latent_rl.cli.run_dir import checkpoint_in
 from latent_rl.data import load_image, render_prompts
@@ -87,7 +87,7 @@ def answer(request: GenerateRequest) -> Answer:
         raise UserError(f"generate: --code must be in [0, {config.num_codes}), got {request.code}")
     if request.base and request.code is not None:
         raise UserError("generate: --base uses no codes, so --code cannot steer it")
-    device = _device(request.device)
+    device = torch_device(request.device)
     model = load_checkpoint(directory, request.backbone, request.dtype).to(device)
     base_name = request.backbone or (record.get("base_model") or {}).get("name")
     candidates: list[str | Path] = (
@@ -137,15 +137,3 @@ def _row(request: GenerateRequest, images: list[Any]) -> dict[str, Any]:
         messages.append({"role": "system", "content": request.system})
     messages.append({"role": "user", "content": request.prompt})
     return {"prompt": messages, "images": images}
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device: {name!r} is no torch device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: no CUDA device is available")
-    return device

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from latent_rl.cli.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from latent_rl.models import LatentActionModel, LatentConfig
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "no_bars_in_logs",
     "require_model_name",
     "saved_latent_config",
+    "torch_device",
 ]
 
 _CONFIG = "config.json"
@@ -140,3 +143,22 @@ def load_checkpoint(directory: Path, backbone: str | None, dtype: str) -> Latent
         raise UserError(f"{directory}: names no base model; give --backbone")
     where = f"base model of {directory}"
     return LatentActionModel.from_pretrained(directory, load_backbone(backbone, dtype, where))
+
+
+def torch_device(name: str | None) -> torch.device:
+    """A device by name; None takes CUDA where there is one.
+
+    Raises:
+        UserError: when there is no such device.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device: {name!r} is no torch device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: no CUDA device is available")
+    return device
