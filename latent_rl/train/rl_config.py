@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from latent_rl.train.advantages import RewardScale, reward_scale
+from latent_rl.train.algorithm_settings import AlgorithmSettings
 from latent_rl.train.arguments import BaseArguments
-from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings
-from latent_rl.train.losses import Algorithm, ClipRange, LossSettings, algorithm, ratio_level
 from latent_rl.train.replay.memory import SPILLS, ReplayMemory
 from latent_rl.train.replay.packing import LAYOUTS, Layout
 from latent_rl.train.sampling import SampledDistribution
@@ -21,26 +19,14 @@ DECODER_OPTIONS = ("min_new_tokens", "eos_token_id", "stop_strings", "suppress_t
 
 
 @dataclass
-class LatentGRPOConfig(BaseArguments):
-    """`BaseArguments` plus the settings of the GRPO family; names and meanings as in
-    `trl.GRPOConfig` with latent codes in the place of tokens.
+class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
+    """`BaseArguments` plus `AlgorithmSettings` plus how rollouts are made and used; names and
+    meanings as in `trl.GRPOConfig` with latent codes in the place of tokens.
 
-    num_generations            G completions per prompt
     num_generations_eval       the same in evaluation; None takes num_generations
-    max_completion_length      T, tokens
     steps_per_generation       micro-batches a rollout is cut into; None takes
                                gradient_accumulation_steps
     num_iterations             passes over a rollout
-    loss_type                  "grpo", "dr_grpo", "dapo" or "bnpo"
-    beta                       weight of the exact KL to the initial policy (paper: 0.01)
-    epsilon, epsilon_high      clip range; None takes the algorithm's default (0.2; epsilon_high:
-                               dapo 0.28, others epsilon)
-    delta                      bound of the ratio where clipping leaves it alone (two-sided
-                               clipping), above 1 + epsilon_high; None is no bound
-    importance_sampling_level  "token" or "sequence", what a ratio belongs to; None takes the
-                               algorithm's default ("token")
-    scale_rewards              "group" (or True), "batch", "none" (or False); None takes the
-                               algorithm's default (dr_grpo "none", others "group")
     temperature .. min_p       distribution of the codes, which is also the one that is scored
     do_sample_tokens           sample tokens too instead of taking the most likely one under a code
     reward_weights             one per reward function; None is all 1
@@ -48,9 +34,6 @@ class LatentGRPOConfig(BaseArguments):
                                run stops; None never stops for a rate
     reward_failure_window      rollouts over which that share is taken
     mask_truncated_completions leave completions without an end out of the loss
-    dynamic_sampling           replace groups whose rewards are all equal by other prompts; None
-                               takes the algorithm's default (dapo True, others False)
-    max_resample_rounds        rounds of replacement before the rest is used as it is
     replay_dtype               dtype of the states kept for the updates, e.g. "bfloat16"; None keeps
                                the rollout's, or bfloat16 on CUDA when bf16=True
     replay_memory_gb           10^9 bytes of states a process keeps on its device between a rollout
@@ -71,18 +54,9 @@ class LatentGRPOConfig(BaseArguments):
 
     learning_rate: float = 1e-6
     logging_steps: float = 10
-    num_generations: int = 8
     num_generations_eval: int | None = None
-    max_completion_length: int = 256
     steps_per_generation: int | None = None
     num_iterations: int = 1
-    loss_type: str = "grpo"
-    beta: float = 0.01
-    epsilon: float | None = None
-    epsilon_high: float | None = None
-    delta: float | None = None
-    importance_sampling_level: str | None = None
-    scale_rewards: str | bool | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -92,8 +66,6 @@ class LatentGRPOConfig(BaseArguments):
     max_reward_failure_rate: float | None = 0.5
     reward_failure_window: int = 8
     mask_truncated_completions: bool = False
-    dynamic_sampling: bool | None = None
-    max_resample_rounds: int = 3
     replay_dtype: str | None = None
     replay_memory_gb: float | None = None
     replay_spill: str = "host"
@@ -108,12 +80,10 @@ class LatentGRPOConfig(BaseArguments):
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
+        self.check_algorithm()
         self._check_sizes()
         self._check_decoding()
         self._check_replay()
-        # Build what the names stand for once, so that a wrong one fails here and not in a rollout.
-        self.loss_settings()
-        self.estimator()
         self.distribution()
 
     def _check_sizes(self) -> None:
@@ -127,18 +97,11 @@ class LatentGRPOConfig(BaseArguments):
                 raise ValueError(
                     f"LatentGRPOConfig: {name} must be >= 1, got {getattr(self, name)}"
                 )
-        if self.num_generations < 2:
-            raise ValueError(
-                "LatentGRPOConfig: num_generations must be >= 2 (an advantage is relative to a "
-                f"group), got {self.num_generations}"
-            )
         rate = self.max_reward_failure_rate
         if rate is not None and not 0 <= rate <= 1:
             raise ValueError(
                 f"LatentGRPOConfig: max_reward_failure_rate must be in [0, 1] or None, got {rate}"
             )
-        if self.beta < 0:
-            raise ValueError(f"LatentGRPOConfig: beta must be >= 0, got {self.beta}")
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
                 "LatentGRPOConfig: per_device_train_batch_size * steps_per_generation "
@@ -207,57 +170,6 @@ class LatentGRPOConfig(BaseArguments):
         one that sampled."""
         return self.gradient_accumulation_steps % self.micro_steps_per_rollout != 0
 
-    def algorithm(self) -> Algorithm:
-        """The algorithm `loss_type` names."""
-        return algorithm(self.loss_type)
-
-    def loss_settings(self) -> LossSettings:
-        """The loss's settings with the algorithm's defaults filled in."""
-        return LossSettings(
-            clip=self.clip_range(),
-            beta=0.0 if self.puts_kl_in_reward() else self.beta,
-            ratio=ratio_level(
-                _chosen(
-                    self.importance_sampling_level,
-                    self.algorithm().defaults.importance_sampling_level,
-                )
-            ),
-        )
-
-    def clip_range(self) -> ClipRange:
-        """The clip range with the algorithm's defaults filled in."""
-        defaults = self.algorithm().defaults
-        low = _chosen(self.epsilon, defaults.epsilon)
-        high = _chosen(self.epsilon_high, _chosen(defaults.epsilon_high, low))
-        return ClipRange(low, high, self.delta)
-
-    def reward_scale(self) -> RewardScale:
-        """The advantage scale with the algorithm's default filled in."""
-        given = self.scale_rewards
-        if isinstance(given, bool):
-            given = "group" if given else "none"
-        return reward_scale(_chosen(given, self.algorithm().defaults.scale_rewards))
-
-    def estimator(self) -> AdvantageEstimator:
-        """What makes advantages of a rollout."""
-        return self.algorithm().estimator(AdvantageSettings(scale=self.reward_scale()))
-
-    def puts_kl_in_reward(self) -> bool:
-        """Whether the KL penalty is part of the reward instead of the loss."""
-        return bool(self.beta) and self.algorithm().defaults.kl_in_reward
-
     def distribution(self) -> SampledDistribution:
         """The distribution codes are sampled from and scored under."""
         return SampledDistribution(self.temperature, self.top_k, self.top_p, self.min_p or 0.0)
-
-    def resample_rounds(self) -> int:
-        """How often uninformative groups may be replaced; 0 without dynamic sampling."""
-        wanted = _chosen(self.dynamic_sampling, self.algorithm().defaults.dynamic_sampling)
-        return self.max_resample_rounds if wanted else 0
-
-
-_T = TypeVar("_T")
-
-
-def _chosen(given: _T | None, default: _T) -> _T:
-    return default if given is None else given

@@ -24,6 +24,7 @@ from latent_rl.train.failure_watch import FailureWatch
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
 from latent_rl.train.losses import Normaliser, PolicyLoss, PolicyTerms
+from latent_rl.train.regularisation import Regularisation
 from latent_rl.train.replay import Replay, ReplayFeed, ReplayStates, action_outputs, held_bytes
 from latent_rl.train.rl_config import LatentGRPOConfig
 from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join_rollouts
@@ -34,6 +35,7 @@ from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.sampling import mix_seed
 from latent_rl.train.scoring import RolloutScores, Scorer, score_update
 from latent_rl.train.spending import SpendingMeter
+from latent_rl.train.values import ValueHead, attach_value_head, explained_variance
 
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
@@ -84,8 +86,10 @@ class LatentGRPOTrainer(BaseTrainer):
                 f"LatentGRPOTrainer: reward_weights must have one entry per reward function "
                 f"({len(functions)}), got {len(args.reward_weights)}"
             )
-        freeze(model, [model.latent.policy])
-        self.value_head: nn.Module | None = None
+        self.value_head: ValueHead | None = None
+        if args.algorithm().uses_values:
+            self.value_head = attach_value_head(model, detach=args.detach_value)
+        freeze(model, [m for m in (model.latent.policy, self.value_head) if m is not None])
         self.micro_step = 0
         self._replay: Replay | None = None
         self._words: RolloutRecord | None = None
@@ -116,12 +120,20 @@ class LatentGRPOTrainer(BaseTrainer):
         self.reward_log = RewardLog()
         self.failures = FailureWatch(args.max_reward_failure_rate, args.reward_failure_window)
         self.stateful.add("failures", self.failures, per_rank=True)
+        self.regularisation = Regularisation(
+            args, model.latent.policy, self.reference, self.accelerator.gather
+        )
+        self.add_callback(self.regularisation)
+        self.stateful.add("kl_controller", self.regularisation.controller)
+        if self.value_head is not None:
+            self.stateful.add("value_head", self.value_head)
         self.stateful.add("rollout", RolloutState(self), per_rank=True)
 
     def _start_anew(self) -> None:
         super()._start_anew()
         self.micro_step = 0
         self.failures.reset()
+        self.regularisation.reset()
         self._replay = self._normaliser = None
 
     # Data: the loader yields row numbers, so that a rollout's rows are read once and not once per
@@ -201,6 +213,9 @@ class LatentGRPOTrainer(BaseTrainer):
         self._record_rollout(rollout, scores.logprobs, keep)
         self.averages.add(memory.report(rollout.groups, rollout.forecast_bytes))
         estimate = args.estimator()(self._scored_rollout(rollout, keep, scores))
+        if scores.values is not None and estimate.returns is not None:
+            known = explained_variance(scores.values, estimate.returns, keep)
+            self.averages.add({"val/explained_variance": known})
         moves = args.policy_moves_within_rollout
         return dataclasses.replace(
             replay,
@@ -231,9 +246,11 @@ class LatentGRPOTrainer(BaseTrainer):
     ) -> ScoredRollout:
         penalty = None
         if self.args.puts_kl_in_reward() and scores.log_ratio is not None:
-            penalty = self.args.beta * scores.log_ratio
+            penalty = self.regularisation.beta * scores.log_ratio
         return ScoredRollout(
-            rewards=rollout.rewards,
+            rewards=self.args.reward_shaping()(
+                rollout.rewards, rollout.completion_mask.sum(1), rollout.terminated
+            ),
             keep_mask=rollout.keep_mask,
             token_mask=keep,
             group_size=self.args.num_generations,
@@ -337,11 +354,16 @@ class LatentGRPOTrainer(BaseTrainer):
         terms, entropy = score_update(outputs, inputs, args.distribution())
         if self._normaliser is None:
             raise RuntimeError("LatentGRPOTrainer: compute_loss before the first rollout")
+        regularisation = self.regularisation
         result = args.algorithm().loss(
-            terms, settings=args.loss_settings(), normaliser=self._normaliser
+            terms, settings=args.loss_settings(regularisation.beta), normaliser=self._normaliser
         )
-        self._record(terms, result, entropy)
-        return (result.loss, {}) if return_outputs else result.loss
+        regularisation.note(terms)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        bonus, logged = regularisation.entropy_bonus(entropy, terms.keep_mask, progress)
+        loss = result.loss if bonus is None else result.loss - bonus
+        self._record(terms, result, entropy, logged)
+        return (loss, {}) if return_outputs else loss
 
     def _handle(self, inputs: Any) -> BatchRecord | None:
         return self._last_batch
@@ -350,7 +372,9 @@ class LatentGRPOTrainer(BaseTrainer):
         return handle.tensors, handle.in_words()
 
     @torch.no_grad()
-    def _record(self, terms: PolicyTerms, result: PolicyLoss, entropy: Tensor) -> None:
+    def _record(
+        self, terms: PolicyTerms, result: PolicyLoss, entropy: Tensor, logged: dict[str, float]
+    ) -> None:
         count = terms.keep_mask.sum().clamp(min=1)
 
         def mean(values: Tensor) -> Tensor:
@@ -363,9 +387,10 @@ class LatentGRPOTrainer(BaseTrainer):
             "clip_ratio/high_mean": result.high_clip,
             "clip_ratio/region_mean": result.low_clip + result.high_clip,
             **result.metrics,
+            **logged,
         }
         if terms.kl is not None:
-            metrics["kl"] = mean(terms.kl)
+            metrics |= {"kl": mean(terms.kl), "beta": self.regularisation.beta}
         self.averages.add(metrics)
 
     # Evaluation.

@@ -128,8 +128,11 @@ def _rloo_settings(args: LatentGRPOConfig) -> dict[str, Any]:
     return {}
 
 
+GRPO_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+"""What both trainers call by the same name."""
+
 TOKEN_ALGORITHMS: Mapping[str, TokenAlgorithm] = {
-    **{name: _in_grpo(name) for name in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")},
+    **{name: _in_grpo(name) for name in GRPO_LOSSES},
     "gspo": _in_grpo("grpo"),
     "rloo": TokenAlgorithm(_rloo_classes, _rloo_settings),
 }

@@ -129,6 +129,27 @@ class TestParts:
         assert run(["train", "recipe.yaml"]) == 0
         assert [p.name for p in (workspace / "run").iterdir()] == ["01-rl"]
 
+    def test_a_recipe_names_any_algorithm_and_its_settings(
+        self, workspace: Path, trained: Path
+    ) -> None:
+        def change(recipe: dict[str, Any]) -> None:
+            recipe["model"] = {"checkpoint": str(trained / "run" / STEPS[3])}
+            recipe["rl"]["algorithm"] = "ppo"
+            recipe["rl"]["arguments"] |= {
+                "vf_coef": 0.5,
+                "target_kl": 0.01,
+                "entropy_coef": 0.01,
+                "entropy_schedule": "cosine",
+                "reward_clip_range": [-1.0, 1.0],
+            }
+            del recipe["stages"]
+
+        edit(workspace / "recipe.yaml", change)
+        assert run(["train", "recipe.yaml"]) == 0
+        logs = (workspace / "run" / "01-rl" / "log.json").read_text(encoding="utf-8")
+        assert "loss/value_avg" in logs
+        assert "entropy_coef" in logs
+
     def test_an_interrupted_step_continues_where_it_was(
         self, workspace: Path, trained: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -191,6 +212,14 @@ BAD_RECIPES = {
     "unknown algorithm": (
         _set("rl", "algorithm", value="grop"),
         "rl.algorithm: unknown algorithm 'grop'; did you mean 'grpo'?",
+    ),
+    "setting of another algorithm": (
+        _set("rl", "arguments", "gamma", value=0.9),
+        "gamma means nothing to loss_type 'grpo', got 0.9",
+    ),
+    "unknown schedule": (
+        _set("rl", "arguments", "entropy_schedule", value="linaer"),
+        "entropy_schedule must be one of ['constant', 'cosine', 'linear'], got 'linaer'",
     ),
     "unknown reward": (
         _set("rl", "rewards", 1, "function", value="wellformed"),

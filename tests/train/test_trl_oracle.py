@@ -11,15 +11,21 @@ import torch
 from latent_rl.train.losses import (
     ALGORITHMS,
     ClipRange,
+    GammaWeights,
     LossSettings,
     Normaliser,
     PolicyTerms,
+    SoftGate,
     ratio_level,
 )
+from latent_rl.train.reward_shaping import soft_overlong_punishment
 
 trl = pytest.importorskip("trl", reason="TRL is the oracle of this test and is not installed")
 
 PROMPT, MAX_LENGTH = 5, 16
+# Not the defaults, so that no default is compared with itself.
+SAPO = SoftGate(positive=1.2, negative=1.7)
+VESPO = GammaWeights(1.5, 2.5, 2.0, 1.0)
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -45,6 +51,7 @@ def theirs(
     beta: float,
     level: str = "token",
     delta: float | None = None,
+    high: float = 0.28,
 ) -> tuple[float, torch.Tensor]:
     logprobs = values["new"].clone().requires_grad_()
     accelerator = types.SimpleNamespace(
@@ -63,17 +70,26 @@ def theirs(
         beta=beta,
         loss_type=loss_type,
         epsilon_low=0.2,
-        epsilon_high=0.28,
+        epsilon_high=high,
         use_vllm=False,
         model=types.SimpleNamespace(training=True),
         args=types.SimpleNamespace(
-            delta=delta, use_bias_correction_kl=False, steps_per_generation=1
+            delta=delta,
+            use_bias_correction_kl=False,
+            steps_per_generation=1,
+            sapo_temperature_pos=SAPO.positive,
+            sapo_temperature_neg=SAPO.negative,
+            vespo_k_pos=VESPO.k_positive,
+            vespo_lambda_pos=VESPO.lambda_positive,
+            vespo_k_neg=VESPO.k_negative,
+            vespo_lambda_neg=VESPO.lambda_negative,
         ),
         current_gradient_accumulation_steps=1,
         max_completion_length=MAX_LENGTH,
         accelerator=accelerator,
         _metrics={"train": defaultdict(list)},
         _entropy_bonus_enabled=False,
+        get_gamma_weights=trl.GRPOTrainer.get_gamma_weights,
         vllm_importance_sampling_correction=False,
     )
     batch = {
@@ -97,6 +113,7 @@ def ours(
     beta: float,
     level: str = "token",
     delta: float | None = None,
+    high: float = 0.28,
 ) -> tuple[float, torch.Tensor]:
     logprobs = values["new"].clone().requires_grad_()
     # TRL estimates the KL from samples; ours gets the same estimate so that the rest compares.
@@ -109,7 +126,13 @@ def ours(
         difference.exp() - difference - 1 if beta else None,
     )
     normaliser = Normaliser(MAX_LENGTH, values["keep"].sum().float())
-    settings = LossSettings(ClipRange(0.2, 0.28, delta), beta, ratio_level(level))
+    settings = LossSettings(
+        ClipRange(0.2, high, delta),
+        beta,
+        ratio_level(level),
+        soft_gate=SAPO,
+        gamma_weights=VESPO,
+    )
     loss = ALGORITHMS[loss_type].loss(terms, settings=settings, normaliser=normaliser).loss
     loss.backward()
     return loss.item(), logprobs.grad
@@ -141,3 +164,76 @@ def test_ratios_of_completions_and_two_sided_clipping_equal_trl(loss_type, level
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-8)
     plain, _ = theirs(values, loss_type, 0.05)
     assert their_loss != pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "level", "high"),
+    [
+        ("cispo", "token", 1.3),
+        ("cispo", "sequence", 1.1),
+        ("sapo", "token", 0.28),
+        ("luspo", "sequence", 0.05),
+        ("luspo", "token", 0.28),
+        ("vespo", "token", 0.28),
+    ],
+)
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_further_losses_equal_trl(loss_type, level, high, beta):
+    values = inputs()
+    their_loss, their_grad = theirs(values, loss_type, beta, level, high=high)
+    our_loss, our_grad = ours(values, loss_type, beta, level, high=high)
+    assert our_loss == pytest.approx(their_loss, rel=2e-6)
+    torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-8)
+    assert their_grad.abs().max() > 0
+
+
+def test_gspo_is_trl_s_grpo_by_sequence():
+    values = inputs()
+    their_loss, their_grad = theirs(values, "grpo", 0.0, "sequence", high=0.05)
+    our_loss, our_grad = ours(values, "gspo", 0.0, "sequence", high=0.05)
+    assert our_loss == pytest.approx(their_loss, rel=1e-6)
+    torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-8)
+    assert (their_grad.abs().sum(1) == 0).any()  # some completion is clipped
+
+
+def test_rloo_equals_trl_s_rloo_trainer():
+    values = inputs()
+    logprobs = values["new"].clone().requires_grad_()
+    accelerator = types.SimpleNamespace(reduce=lambda x, reduction: x, gather=lambda x: x)
+    stub = types.SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros(6, 9), None),
+        aux_loss_enabled=False,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        model=types.SimpleNamespace(training=True),
+        accelerator=accelerator,
+        _metrics={"train": defaultdict(list)},
+    )
+    keep = values["keep"]
+    batch = {
+        "prompt_ids": torch.zeros(6, PROMPT, dtype=torch.long),
+        "prompt_mask": torch.ones(6, PROMPT, dtype=torch.long),
+        "completion_ids": torch.zeros(6, 9, dtype=torch.long),
+        "completion_mask": keep.long(),
+        "advantages": values["advantages"],
+        "old_logps": (values["old"] * keep).sum(1),
+    }
+    their_loss = trl.RLOOTrainer._compute_loss(stub, None, batch)
+    their_loss.backward()
+    our_loss, our_grad = ours(values, "rloo", 0.0)
+    assert our_loss == pytest.approx(their_loss.item(), rel=1e-6)
+    torch.testing.assert_close(our_grad, logprobs.grad, rtol=1e-5, atol=1e-8)
+    assert (our_grad.abs().sum(1) == 0).any()
+    assert (our_grad.abs().sum(1) > 0).any()
+
+
+def test_the_overlong_punishment_is_trl_s():
+    from trl.rewards import get_soft_overlong_punishment
+
+    for limit, cache in ((20, 5), (20, 20), (20, 1)):
+        lengths = list(range(1, 25))
+        theirs = get_soft_overlong_punishment(limit, cache)([[0] * n for n in lengths])
+        made = soft_overlong_punishment(
+            torch.tensor(lengths), max_completion_length=limit, cache=cache
+        )
+        assert made.tolist() == pytest.approx(theirs)

@@ -45,6 +45,42 @@ def check_equal(module: nn.Module, what: str) -> None:
         raise SystemExit(f"{what}: ranks differ by {(first - second).abs().max()}")
 
 
+def check_ppo(out: Path) -> None:
+    """Value head, beta and reference stay equal although each rank sees its own completions."""
+    model, processor = tiny_model(act=0.3)
+    args = LatentGRPOConfig(
+        output_dir=str(out / "ppo"),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=6,
+        learning_rate=1e-2,
+        num_iterations=2,
+        loss_type="ppo",
+        target_kl=1e-4,
+        kl_horizon=64,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        **COMMON,
+    )
+    trainer = LatentGRPOTrainer(model, even_tokens, args, prompts(8), None, processor)
+    trainer.train()
+    check_equal(model.latent.policy, "ppo policy")
+    check_equal(trainer.value_head, "value head")
+    check_equal(trainer.reference, "reference")
+    if not trainer.value_head.linear.weight.any():
+        raise SystemExit("value head: did not move")
+    first, second = gathered(torch.tensor([trainer.regularisation.beta]))
+    if first != second or first == args.beta:
+        raise SystemExit(f"beta: {first.item()} and {second.item()} on the two ranks")
+    # Whitened over both ranks: each rank's own advantages need not have mean 0, all together do.
+    kept = trainer._replay.keep_mask
+    sums = torch.stack([trainer._replay.advantages[kept].sum(), kept.sum()])
+    first, second = gathered(sums)
+    mean = (first[0] + second[0]) / (first[1] + second[1])
+    if mean.abs() > 1e-5 or first[0].abs() < 1e-3:
+        raise SystemExit(f"advantages: mean {mean} over ranks, {first[0] / first[1]} on one")
+
+
 def main(out: Path) -> None:
     model, processor = tiny_model(act=0.3)
     start = model.latent.policy.head.weight.detach().clone()
@@ -66,6 +102,7 @@ def main(out: Path) -> None:
     first, second = gathered(trainer._replay.seeds)
     if torch.isin(first, second).any():
         raise SystemExit("ranks sampled with the same seeds")
+    check_ppo(out)
     world = tiny_world(act=0.05)
     StageTrainer(
         world.model,

@@ -8,7 +8,29 @@ from typing import Protocol
 from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings
 from latent_rl.train.losses.objective import LossSettings, Normaliser, PolicyLoss, PolicyTerms
 
-__all__ = ["Algorithm", "Defaults"]
+__all__ = ["CHOICES", "GROUP_CHOICES", "Algorithm", "Defaults"]
+
+GROUP_CHOICES = frozenset(
+    {"scale_rewards", "normalize_advantages", "epsilon", "delta", "importance_sampling_level"}
+)
+"""Settings that the clipped losses with group-relative advantages read."""
+
+CHOICES = GROUP_CHOICES | {
+    "gamma",
+    "lam",
+    "whiten_rewards",
+    "vf_coef",
+    "cliprange_value",
+    "detach_value",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+}
+"""Settings that mean something to some algorithms only; choosing one that the algorithm does not
+read is an error."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,11 @@ class Algorithm(Protocol):
 
     @property
     def defaults(self) -> Defaults: ...
+
+    @property
+    def choices(self) -> frozenset[str]:
+        """Which of `CHOICES` it reads."""
+        ...
 
     @property
     def min_generations(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings, GroupCentred
-from latent_rl.train.losses.algorithm import Defaults
+from latent_rl.train.losses.algorithm import GROUP_CHOICES, Defaults
 from latent_rl.train.losses.objective import (
     ClipRange,
     LossSettings,
@@ -47,6 +47,7 @@ class DAPO:
 
     name: str = "dapo"
     defaults: Defaults = DEFAULTS
+    choices: frozenset[str] = GROUP_CHOICES
     min_generations: int = 2
     uses_values: bool = False
 

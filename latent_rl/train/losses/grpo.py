@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings, GroupCentred
-from latent_rl.train.losses.algorithm import Defaults
+from latent_rl.train.losses.algorithm import GROUP_CHOICES, Defaults
 from latent_rl.train.losses.objective import (
     ClipRange,
     LossSettings,
@@ -45,6 +45,7 @@ class GRPO:
 
     name: str = "grpo"
     defaults: Defaults = DEFAULTS
+    choices: frozenset[str] = GROUP_CHOICES
     min_generations: int = 2
     uses_values: bool = False
 

@@ -14,10 +14,12 @@ from latent_rl.train.losses.ratios import RatioLevel, TokenRatio
 
 __all__ = [
     "ClipRange",
+    "GammaWeights",
     "LossSettings",
     "Normaliser",
     "PolicyLoss",
     "PolicyTerms",
+    "SoftGate",
     "Surrogate",
     "ValueTerms",
     "check_terms",
@@ -52,6 +54,31 @@ class ClipRange:
 
 
 @dataclass(frozen=True)
+class SoftGate:
+    """SAPO's temperatures for tokens of positive and of other advantages."""
+
+    positive: float = 1.0
+    negative: float = 1.05
+
+    def __post_init__(self) -> None:
+        if not (self.positive > 0 and self.negative > 0):
+            raise ValueError(
+                "sapo_temperature_pos and sapo_temperature_neg must be > 0, "
+                f"got {self.positive} and {self.negative}"
+            )
+
+
+@dataclass(frozen=True)
+class GammaWeights:
+    """VESPO's k and lambda for completions of non-negative and of negative advantages."""
+
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+
+
+@dataclass(frozen=True)
 class LossSettings:
     """What a run chose for its loss.
 
@@ -61,6 +88,8 @@ class LossSettings:
     vf_coef          weight of the value loss (PPO)
     cliprange_value  how far a value may move from the rollout's before its loss stops pulling it
                      further (PPO)
+    soft_gate        SAPO's temperatures
+    gamma_weights    VESPO's exponents
     """
 
     clip: ClipRange = field(default_factory=ClipRange)
@@ -68,6 +97,8 @@ class LossSettings:
     ratio: RatioLevel = field(default_factory=TokenRatio)
     vf_coef: float = 0.1
     cliprange_value: float = 0.2
+    soft_gate: SoftGate = field(default_factory=SoftGate)
+    gamma_weights: GammaWeights = field(default_factory=GammaWeights)
 
     def __post_init__(self) -> None:
         for name in ("beta", "vf_coef"):

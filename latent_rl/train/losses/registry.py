@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from latent_rl.train.losses.algorithm import Algorithm
 from latent_rl.train.losses.bnpo import BNPO
+from latent_rl.train.losses.cispo import CISPO
 from latent_rl.train.losses.dapo import DAPO
 from latent_rl.train.losses.dr_grpo import DrGRPO
 from latent_rl.train.losses.grpo import GRPO
+from latent_rl.train.losses.gspo import GSPO
+from latent_rl.train.losses.luspo import LUSPO
+from latent_rl.train.losses.ppo import PPO
+from latent_rl.train.losses.reinforce_plus_plus import BASELINE_DEFAULTS, ReinforcePlusPlus
+from latent_rl.train.losses.rloo import RLOO
+from latent_rl.train.losses.sapo import SAPO
+from latent_rl.train.losses.vespo import VESPO
 
 __all__ = ["ALGORITHMS", "algorithm", "register_algorithm"]
 
@@ -27,5 +35,21 @@ def algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-for _entry in (GRPO(), DrGRPO(), DAPO(), BNPO()):
+for _entry in (
+    GRPO(),
+    DrGRPO(),
+    DAPO(),
+    BNPO(),
+    GSPO(),
+    CISPO(),
+    RLOO(),
+    ReinforcePlusPlus(),
+    ReinforcePlusPlus(
+        "reinforce_plus_plus_baseline", BASELINE_DEFAULTS, min_generations=2, group_baseline=True
+    ),
+    PPO(),
+    SAPO(),
+    LUSPO(),
+    VESPO(),
+):
     register_algorithm(_entry)
