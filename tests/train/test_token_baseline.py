@@ -207,7 +207,7 @@ class TestSettings:
             tmp_path,
             loss_type=name,
             dynamic_sampling=False,
-            scale_rewards="batch",
+            scale_rewards=None if name == "rloo" else "batch",
             epsilon_high=0.3,
             beta=0.02,
             seed=5,
