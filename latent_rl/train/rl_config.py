@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from latent_rl.train.algorithm_settings import AlgorithmSettings
 from latent_rl.train.arguments import BaseArguments
+from latent_rl.train.completions_log import CompletionsLog
 from latent_rl.train.replay.memory import SPILLS, ReplayMemory
 from latent_rl.train.replay.packing import LAYOUTS, Layout
 from latent_rl.train.sampling import SampledDistribution
@@ -50,6 +53,12 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
     generation_kwargs          min_new_tokens, eos_token_id, stop_strings, suppress_tokens for the
                                decoder; anything that the backbone's generate takes without it
     shuffle_dataset            whether prompts come in random order
+    log_completions            write the completions of every rollout with codes, rewards and
+                               advantages: `completions/completions_<rollout>.jsonl` in output_dir,
+                               a table in the tracker of report_to, and on the console
+    log_completions_files      rollouts whose files are kept, the newest
+    log_unique_prompts         show one completion per prompt in tracker and console
+    num_completions_to_print   completions printed per rollout; None prints all
     """
 
     learning_rate: float = 1e-6
@@ -75,6 +84,10 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
     decoder_compile: bool = False
     generation_kwargs: dict[str, Any] | None = None
     shuffle_dataset: bool = True
+    log_completions: bool = False
+    log_completions_files: int = 100
+    log_unique_prompts: bool = False
+    num_completions_to_print: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +105,7 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
             "max_completion_length",
             "steps_per_generation",
             "reward_failure_window",
+            "log_completions_files",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -169,6 +183,21 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
         """Whether an update between two uses of a rollout makes the current policy another than the
         one that sampled."""
         return self.gradient_accumulation_steps % self.micro_steps_per_rollout != 0
+
+    def completions_log(
+        self, output_dir: Path, gather: Callable[[list[Any]], list[Any]]
+    ) -> CompletionsLog | None:
+        """Where completions are logged, or None without `log_completions`."""
+        if not self.log_completions:
+            return None
+        return CompletionsLog(
+            output_dir / "completions",
+            files=self.log_completions_files,
+            unique_prompts=self.log_unique_prompts,
+            shown=self.num_completions_to_print,
+            gather=gather,
+            main=self.process_index == 0,
+        )
 
     def distribution(self) -> SampledDistribution:
         """The distribution codes are sampled from and scored under."""

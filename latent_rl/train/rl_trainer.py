@@ -19,6 +19,7 @@ from latent_rl.rewards.protocol import RewardFunction
 from latent_rl.rewards.reward_log import RewardLog
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
+from latent_rl.train.completions_log import table_writers
 from latent_rl.train.estimators import ScoredRollout
 from latent_rl.train.failure_watch import FailureWatch
 from latent_rl.train.forwarding import forward_through
@@ -128,6 +129,7 @@ class LatentGRPOTrainer(BaseTrainer):
         if self.value_head is not None:
             self.stateful.add("value_head", self.value_head)
         self.stateful.add("rollout", RolloutState(self), per_rank=True)
+        self.completions = args.completions_log(self.output_dir, gather_object)
 
     def _start_anew(self) -> None:
         super()._start_anew()
@@ -181,6 +183,7 @@ class LatentGRPOTrainer(BaseTrainer):
         if within == 0 or self._replay is None:
             with self.meter.rollout():
                 self._replay = self._new_replay(inputs, rollout_number)
+                self._log_completions(rollout_number)
         batch = self._feed.take(self._replay, self.micro_step)
         self.micro_step += 1
         return self._scorer().when_used(batch)
@@ -227,6 +230,16 @@ class LatentGRPOTrainer(BaseTrainer):
             old_values=scores.values,
             returns=estimate.returns,
         )
+
+    def _log_completions(self, rollout_number: int) -> None:
+        if self.completions is not None and self._words is not None and self._replay is not None:
+            self.completions.add(
+                self._words,
+                self._replay.advantages,
+                rollout=rollout_number,
+                step=self.state.global_step,
+                writers=table_writers(self.callback_handler.callbacks),
+            )
 
     def _scorer(self) -> Scorer:
         args = self.args

@@ -36,6 +36,7 @@ _ENGINE = (
     "decoder_compile",
     "max_resample_rounds",
     "do_sample_tokens",
+    "log_completions_files",
 )
 _ENGINE_PREFIX = "replay_"
 _RESOLVED = (

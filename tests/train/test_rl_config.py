@@ -117,6 +117,7 @@ def test_names_are_trl_s():
         "decoder_compile",
         "max_reward_failure_rate",
         "reward_failure_window",
+        "log_completions_files",
         "stop_on_nan",
         "max_loss",
         "max_grad_norm_before_stop",
