@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class Workspace:
         self.tables = model.merge_tables()
         self.rows = Rows.empty(slots, 1, self._num_codes, device)
         self._steps: dict[tuple[DecodeSettings, bool, bool, bool], Step] = {}
+        # Of this stretch: compiled steps whose guards have been looked at for this many rows.
+        self._known: set[tuple[Step, int]] = set()
         self._compiled: dict[Step, Callable[[int, int], None]] | None = {} if compiled else None
 
     def serves(self, model: LatentActionModel, layout: SlotLayout) -> bool:
@@ -148,10 +151,20 @@ class Workspace:
     def advance(self, step: Step, n: int, longest: int) -> None:
         """Run the step on the first n slots, through a graph where there are graphs."""
         bound = self.bound_of(longest)
+        call = self._callable(step)
         if self._graphs is not None:
-            self._graphs.run(step, self._callable(step), n, self.slots, bound)
+            self._graphs.run(step, call, n, self.slots, bound)
+        elif (step, n) in self._known:
+            with _unguarded():
+                call(n, bound)
         else:
-            self._callable(step)(n, bound)
+            call(n, bound)
+            if self._compiled is not None:
+                self._known.add((step, n))
+
+    def settle(self) -> None:
+        """A stretch of steps begins: what happened since the last one is not known."""
+        self._known.clear()
 
     def _callable(self, step: Step) -> Callable[[int, int], None]:
         if self._compiled is None:
@@ -184,6 +197,18 @@ class Workspace:
             self._compiled.clear()
         if self._graphs is not None:
             self._graphs.clear()
+
+
+def _unguarded() -> AbstractContextManager[Any]:
+    """Without the guards of compiled code: nobody changes a model between two steps of a stretch.
+
+    Looking at a thousand of them takes as long as a third of a small model's step.
+    """
+    try:
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    except TypeError:  # torch 2.6
+        return nullcontext()
+    return stance
 
 
 def _dtypes(model: LatentActionModel) -> tuple[torch.dtype, torch.dtype]:

@@ -367,13 +367,28 @@ def test_under_ddp_and_peft(qwen) -> None:
 
 @pytest.mark.slow
 def test_compiled_step_says_the_same(qwen) -> None:
+    """Also where slots end, are refilled and run out."""
+    inputs = batch_of(qwen, 5)
+    settings = {"max_new_tokens": [6, 3, 7, 2, 5], "min_new_tokens": 0, "seed": 7}
+    out = Decoder(qwen.model, compile=True, slots=3).generate(inputs, **settings)
+    same(out.generation, Decoder(qwen.model).generate(inputs, **settings).generation)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_sees_a_changed_model(qwen) -> None:
+    """Guards are skipped within a stretch of steps, never between calls."""
     decoder = Decoder(qwen.model, compile=True)
-    inputs = batch_of(qwen, 3)
-    out = decoder.generate(inputs, max_new_tokens=6, min_new_tokens=6, seed=7, temperature=0.0)
-    expected = Decoder(qwen.model).generate(
-        inputs, max_new_tokens=6, min_new_tokens=6, seed=7, temperature=0.0
-    )
-    same(out.generation, expected.generation)
+    settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "seed": 7}
+    layer = qwen.model.decoder.layers[0]
+    before = layer.mlp
+    try:
+        first = decoder.generate(qwen.inputs, **settings).generation
+        layer.mlp = torch.nn.Sequential(before, torch.nn.Tanh())
+        second = decoder.generate(qwen.inputs, **settings).generation
+        same(second, plain(qwen, qwen.inputs))
+        assert not torch.equal(first.sequences, second.sequences)
+    finally:
+        layer.mlp = before
 
 
 def test_under_autocast(qwen) -> None:
