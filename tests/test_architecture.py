@@ -16,6 +16,7 @@ LAYERS = (
     ("cli",),
     ("config", "demo"),
     ("train",),
+    ("search",),
     ("eval", "data", "rewards"),
     ("decode",),
     ("models",),
