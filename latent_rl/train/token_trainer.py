@@ -120,6 +120,9 @@ class _Harness:
     processing_class: Any
     num_generations: int
     num_iterations: int
+    # What rewards may log beside their values.
+    _log_completion_extra: Any
+    _log_metric: Any
 
     def share(self, functions: list[RewardFunction], train_rows: Any, eval_rows: Any) -> None:
         """Give the harness what it shares with the latent arm."""
@@ -189,7 +192,11 @@ class _Harness:
             texts,
             completion_ids_list,
             weights=self.args.reward_weights,
-            extra={"trainer_state": self.state},
+            extra={
+                "trainer_state": self.state,
+                "log_extra": self._log_completion_extra,
+                "log_metric": self._log_metric,
+            },
         )
         rewards = torch.tensor(table.per_function, device=self.accelerator.device).T.contiguous()
         rewards[~torch.tensor(table.keep_mask, device=rewards.device)] = math.nan
