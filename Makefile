@@ -51,7 +51,7 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp $(BUILD_INPUTS)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp $(BUILD_INPUTS)
-	$(PIP) install -q -c constraints.txt -e '.[demo,eval,peft,dev]' pytest-xdist
+	$(PIP) install -q -c constraints.txt -e '.[demo,eval,judge,peft,dev]' pytest-xdist
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q $(TRITON)
 	@touch $@ $(VENV)/demo.stamp
 

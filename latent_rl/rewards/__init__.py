@@ -1,7 +1,7 @@
 """Rewards: the protocol (TRL's), how several are combined, and programmatic ones to build on."""
 
-from latent_rl.rewards.batteries import Gated, NamesTheFact, WellFormed, completion_text
-from latent_rl.rewards.failures import RewardFailure, count_by_kind, failure_kind
+from latent_rl.rewards.batteries import Gated, NamesTheFact, WellFormed
+from latent_rl.rewards.failures import RewardFailure, RewardStop, count_by_kind, failure_kind
 from latent_rl.rewards.protocol import (
     Completion,
     RewardFunction,
@@ -12,7 +12,9 @@ from latent_rl.rewards.protocol import (
     score_all,
 )
 from latent_rl.rewards.reward_log import RewardLog
+from latent_rl.rewards.reward_model import RewardModel, resolve_rewards
 from latent_rl.rewards.rows import score_rows
+from latent_rl.rewards.text import completion_text
 
 __all__ = [
     "Completion",
@@ -21,13 +23,16 @@ __all__ = [
     "RewardFailure",
     "RewardFunction",
     "RewardLog",
+    "RewardModel",
     "RewardOutput",
+    "RewardStop",
     "RewardTable",
     "RewardValue",
     "WellFormed",
     "completion_text",
     "count_by_kind",
     "failure_kind",
+    "resolve_rewards",
     "reward_name",
     "score_all",
     "score_rows",

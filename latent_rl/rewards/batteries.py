@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from latent_rl.rewards.protocol import Completion, RewardValue
+from latent_rl.rewards.protocol import RewardValue
+from latent_rl.rewards.text import column_of, completion_text
 
-__all__ = ["Gated", "NamesTheFact", "SyncReward", "WellFormed", "completion_text", "facts_named"]
+__all__ = ["Gated", "NamesTheFact", "SyncReward", "WellFormed", "facts_named"]
 
 _WORD = re.compile(r"[a-z0-9']+")
 
@@ -29,19 +30,6 @@ class SyncReward(Protocol):
         completion_ids: list[list[int]],
         **columns: Any,
     ) -> Sequence[RewardValue]: ...
-
-
-def completion_text(completion: Completion) -> str:
-    """The text of a completion: as it is, or joined over its messages."""
-    if isinstance(completion, str):
-        return completion
-    return "".join(_content_text(message.get("content", "")) for message in completion)
-
-
-def _content_text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", "")) for part in content)
 
 
 def facts_named(text: str, facts: Iterable[str]) -> set[str]:
@@ -78,7 +66,7 @@ class NamesTheFact:
         **columns: Any,
     ) -> list[RewardValue]:
         """See the class."""
-        truths = _column(columns, self.column, self.__name__)
+        truths = column_of(columns, self.column, self.__name__)
         return [
             self._score(completion_text(completion), truth)
             for completion, truth in zip(completions, truths, strict=True)
@@ -172,10 +160,3 @@ class Gated:
             value if all(gate[i] is None or gate[i] == 1 for gate in gates) else 0.0
             for i, value in enumerate(values)
         ]
-
-
-def _column(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:
-    if name not in columns:
-        raise ValueError(f"{reward}: needs the dataset column {name!r}, got {sorted(columns)}")
-    found: Sequence[Any] = columns[name]
-    return found

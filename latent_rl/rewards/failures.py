@@ -6,10 +6,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["RewardFailure", "count_by_kind", "failure_kind"]
+__all__ = ["RewardFailure", "RewardStop", "count_by_kind", "failure_kind"]
 
 MAX_MESSAGE = 300
 """Characters of an error that a message repeats; a server's error page may be megabytes."""
+
+
+class RewardStop(RuntimeError):  # noqa: N818 (not an error of the reward: it ends the run)
+    """Raised by a reward function to end the run, such as when a judge's budget is spent. Every
+    other exception is a failed reward."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
-from latent_rl.rewards.failures import RewardFailure, count_by_kind, failure_kind, one_line
+from latent_rl.rewards.failures import (
+    RewardFailure,
+    RewardStop,
+    count_by_kind,
+    failure_kind,
+    one_line,
+)
 
 __all__ = [
     "Completion",
@@ -117,6 +123,7 @@ def score_all(
     Raises:
         ValueError: no function; weights, column lengths or a number of returned values that do not
             match.
+        RewardStop: as raised by a function.
         TypeError: a function returned something that is neither a number, None nor an exception.
     """
     if not functions:
@@ -238,6 +245,11 @@ async def _call_all(
     for function in functions:
         try:
             started.append(function(**arguments))
+        except RewardStop:
+            for item in started:
+                if inspect.iscoroutine(item):
+                    item.close()
+            raise
         except Exception as error:  # a user's callable may raise anything; it is reported by _read
             logger.debug("reward %s raised", reward_name(function), exc_info=True)
             started.append(error)
@@ -249,6 +261,8 @@ async def _call_all(
 async def _wait(item: Awaitable[RewardOutput]) -> RewardOutput | Exception:
     try:
         return await item
+    except RewardStop:
+        raise
     except Exception as error:  # as in _call_all
         logger.debug("async reward raised", exc_info=True)
         return error

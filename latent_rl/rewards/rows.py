@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from latent_rl.data import load_image
 from latent_rl.rewards.protocol import RewardFunction, RewardTable, score_all
 
 __all__ = ["score_rows"]
 
+_IMAGES = frozenset({"images", "image"})
 # What the protocol itself hands over under these names.
 _RESERVED = frozenset({"prompt", "completion", "completion_ids", "completions", "prompts"})
 
@@ -26,7 +29,7 @@ def score_rows(
 
     A completion is a list of one assistant message where the row's prompt is a list of messages,
     and plain text where it is text. Every other column of the rows goes to the functions under its
-    name.
+    name. Paths in `images` and `image` become PIL images, each row's once.
 
     Args:
         functions: of the reward protocol.
@@ -36,7 +39,8 @@ def score_rows(
         extra: further keyword arguments, the same for every row.
 
     Raises:
-        ValueError: no function, or lengths that do not match.
+        ValueError: no function, lengths that do not match, or an image that cannot be read.
+        FileNotFoundError: an image that is missing.
     """
     prompts = [row["prompt"] for row in rows]
     completions: list[Any] = [
@@ -49,7 +53,27 @@ def score_rows(
         prompts=prompts,
         completions=completions,
         completion_ids=[list(ids) for ids in completion_ids],
-        columns={name: [row[name] for row in rows] for name in names},
+        columns=_columns(rows, names),
         weights=weights,
         extra=extra,
     )
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+    columns = {name: [row[name] for row in rows] for name in names}
+    for name in _IMAGES & columns.keys():
+        # The completions of a prompt share its row, and must share its decoded images.
+        decoded: dict[int, Any] = {}
+        for row in rows:
+            if id(row) not in decoded:
+                decoded[id(row)] = _decoded(row[name])
+        columns[name] = [decoded[id(row)] for row in rows]
+    return columns
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, (str, Path)):
+        return load_image(value)
+    if isinstance(value, (list, tuple)):
+        return [_decoded(item) for item in value]
+    return value

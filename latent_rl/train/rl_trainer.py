@@ -15,13 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from latent_rl import ops
-from latent_rl.rewards.protocol import RewardFunction
-from latent_rl.rewards.reward_log import RewardLog
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
 from latent_rl.train.completions_log import table_writers
 from latent_rl.train.estimators import ScoredRollout
-from latent_rl.train.failure_watch import FailureWatch
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
 from latent_rl.train.losses import Normaliser, PolicyLoss, PolicyTerms
@@ -32,6 +29,7 @@ from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join
 from latent_rl.train.rollout_metrics import rollout_metrics
 from latent_rl.train.rollout_record import BatchRecord, RolloutRecord
 from latent_rl.train.rollout_state import RolloutState
+from latent_rl.train.run_rewards import Reward, RunRewards
 from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.sampling import mix_seed
 from latent_rl.train.scoring import RolloutScores, Scorer, score_update
@@ -53,12 +51,15 @@ class LatentGRPOTrainer(BaseTrainer):
     """Reinforcement learning of the latent policy; nothing else moves.
 
     model             a LatentActionModel, normally after `BehaviourCloning`
-    reward_funcs      one reward function or several (`latent_rl.rewards.protocol`)
+    reward_funcs      one reward or several: functions (`latent_rl.rewards.protocol`), reward models
+                      or names of reward models
     args              `LatentGRPOConfig`
     train_dataset     rows with `prompt` (chat messages), `images` or `image`, and any columns the
                       rewards ask for; needs a length
     eval_dataset      rows of the same form, or None
     processing_class  the model's processor
+    reward_processing_classes  tokenizers (or processors) of the reward models, one per reward; None
+                      loads each model's own
     prompt_renderer   (processing_class, rows) -> inputs; default `latent_rl.data.render_prompts`
 
     Each rollout's hidden states are kept (`Replay`): the updates, the old policy and the reference
@@ -71,22 +72,18 @@ class LatentGRPOTrainer(BaseTrainer):
     def __init__(
         self,
         model: LatentActionModel,
-        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        reward_funcs: Reward | Sequence[Reward],
         args: LatentGRPOConfig,
         train_dataset: Any,
         eval_dataset: Any | None = None,
         processing_class: Any | None = None,
+        reward_processing_classes: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         prompt_renderer: PromptRenderer | None = None,
     ) -> None:
         if processing_class is None:
             raise ValueError("LatentGRPOTrainer: processing_class is required to render prompts")
-        functions = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
-        if args.reward_weights is not None and len(args.reward_weights) != len(functions):
-            raise ValueError(
-                f"LatentGRPOTrainer: reward_weights must have one entry per reward function "
-                f"({len(functions)}), got {len(args.reward_weights)}"
-            )
+        self.rewards = RunRewards(reward_funcs, reward_processing_classes, args)
         self.value_head: ValueHead | None = None
         if args.algorithm().uses_values:
             self.value_head = attach_value_head(model, detach=args.detach_value)
@@ -110,7 +107,7 @@ class LatentGRPOTrainer(BaseTrainer):
         self.meter = SpendingMeter()
         self.add_callback(self.meter)
         self.worker = RolloutWorker(
-            args, functions, processing_class, prompt_renderer or _default_renderer()
+            args, self.rewards.functions, processing_class, prompt_renderer or _default_renderer()
         )
         self.reference: LatentPolicy | None = None
         if args.beta:
@@ -118,9 +115,7 @@ class LatentGRPOTrainer(BaseTrainer):
             self.reference.requires_grad_(False).eval()
             # The reference is the policy the first run began with, whatever this one was given.
             self.stateful.add("reference", self.reference)
-        self.reward_log = RewardLog()
-        self.failures = FailureWatch(args.max_reward_failure_rate, args.reward_failure_window)
-        self.stateful.add("failures", self.failures, per_rank=True)
+        self.rewards.carry_in(self.stateful)
         self.regularisation = Regularisation(
             args, model.latent.policy, self.reference, self.accelerator.gather
         )
@@ -134,7 +129,7 @@ class LatentGRPOTrainer(BaseTrainer):
     def _start_anew(self) -> None:
         super()._start_anew()
         self.micro_step = 0
-        self.failures.reset()
+        self.rewards.failures.reset()
         self.regularisation.reset()
         self._replay = self._normaliser = None
 
@@ -194,7 +189,7 @@ class LatentGRPOTrainer(BaseTrainer):
         model, args = self.latent_model, self.args
         set_training_modes(model, [])
         rollout = self._sample(model, numbers, rollout_number)
-        self.failures.check(self.accelerator.gather, gather_object, model.device)
+        self.rewards.failures.check(self.accelerator.gather, gather_object, model.device)
         self._words = RolloutRecord.of(rollout)
         keep = rollout.completion_mask & rollout.keep_mask[:, None] & (rollout.codes >= 0)
         if args.mask_truncated_completions:
@@ -282,7 +277,7 @@ class LatentGRPOTrainer(BaseTrainer):
         if scored is not None:
             difference = (scored - rollout.logprobs).abs()[keep]
             metrics["sampling/sampling_logp_difference/mean"] = difference.mean()
-        self.averages.add({**metrics, **self.reward_log.flush(gather_object)})
+        self.averages.add({**metrics, **self.rewards.log.flush(gather_object)})
 
     def _sample(
         self, model: LatentActionModel, numbers: Sequence[int], rollout_number: int
@@ -297,7 +292,7 @@ class LatentGRPOTrainer(BaseTrainer):
             seed = mix_seed(args.seed, rollout_number, attempt, args.process_index)
             held = held_bytes([group for part in parts for group in part.groups])
             rollout = self._run(model, self.train_dataset, numbers, seed, held=held)
-            self.failures.add(rollout)
+            self.rewards.failures.add(rollout)
             self.meter.count(len(rollout), int(rollout.completion_mask.sum()))
             informative = rollout.informative_groups(group, scale)
             missing = wanted - sum(len(part) for part in parts)
@@ -334,7 +329,7 @@ class LatentGRPOTrainer(BaseTrainer):
         unique = {number: dataset[number] for number in dict.fromkeys(numbers)}
         rows = [unique[number] for number in numbers]
         seeds = ops.row_seeds(seed, len(rows), model.device)
-        columns = {"trainer_state": self.state, **self.reward_log.arguments()}
+        columns = {"trainer_state": self.state, **self.rewards.log.arguments()}
         with self.accelerator.autocast():
             return self.worker.run(
                 model,
@@ -434,7 +429,7 @@ class LatentGRPOTrainer(BaseTrainer):
         metrics = rollout_metrics(
             rollout, std, inner.latent_config.num_codes, self.accelerator.gather
         )
-        metrics |= self.reward_log.flush(gather_object)
+        metrics |= self.rewards.log.flush(gather_object)
         self.eval_averages.add({**metrics, "rollout_seconds": rollout.seconds})
         return None, None, None
 

@@ -205,5 +205,5 @@ def test_what_rewards_log_reaches_the_log(tmp_path) -> None:
     trainer, _ = make(tmp_path, judge, max_steps=2)
     trainer.train()
     assert logged(trainer, "judge/requests") == [16, 16]
-    assert len(trainer.reward_log.columns["tokens"]) == 16
+    assert len(trainer.rewards.log.columns["tokens"]) == 16
     assert trainer.evaluate()["eval_judge/requests"] == 32
