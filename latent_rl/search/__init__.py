@@ -4,7 +4,7 @@ from latent_rl.search.candidates import AnswererSource, Candidate, CandidateSour
 from latent_rl.search.choosers import BestScore, Chooser, CodeMedoid, Majority, softmax_weights
 from latent_rl.search.code_tree import SearchBudget, TreeSearch, TreeSearchSettings
 from latent_rl.search.estimators import best_at_k, pass_at_k
-from latent_rl.search.names import SEARCHES, SearchContext, search_by_name
+from latent_rl.search.names import SEARCHES, SearchContext, parse_search, search_by_name
 from latent_rl.search.proposals import CodeCritic, CriticPruned, PolicyTopK, Proposer, StateValue
 from latent_rl.search.sampled import SampledSearch
 from latent_rl.search.scorers import CallableScore, MeanLogprob, RewardScore, Scorer
@@ -50,6 +50,7 @@ __all__ = [
     "last_number",
     "medoid",
     "normalised",
+    "parse_search",
     "pass_at_k",
     "puct",
     "search_by_name",

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -140,17 +141,31 @@ class TreeSearch:
     """
 
     def __init__(
-        self, source: CodeSource, scorer: Scorer, settings: TreeSearchSettings | None = None
+        self,
+        source: CodeSource,
+        scorer: Scorer,
+        settings: TreeSearchSettings | None = None,
+        *,
+        name: str | None = None,
+        details: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Search codes of ``source`` for a high ``scorer``."""
+        """Search codes of ``source`` for a high ``scorer``.
+
+        Args:
+            source, scorer, settings: what is searched, for what, and how.
+            name: of the answerer; None for one made of source and method.
+            details: of the source, kept beside the search's own.
+        """
         self._source, self._scorer = source, scorer
+        self._name, self._details = name, details
         self._settings = settings or TreeSearchSettings()
         self.trees: tuple[Tree, ...] = ()
 
     @property
     def name(self) -> str:
         """Of policy and method."""
-        return f"{self._source.name}, tree search of {self._settings.budget.simulations}"
+        made = f"{self._source.name}, tree search of {self._settings.budget.simulations}"
+        return self._name or made
 
     @property
     def num_codes(self) -> int | None:
@@ -162,6 +177,8 @@ class TreeSearch:
         """See :class:`latent_rl.eval.Answerer`."""
         settings = self._settings
         return {
+            **self._details,
+            "search": "tree",
             "chosen_by": self._scorer.name,
             "simulations": settings.budget.simulations,
             "token_budget": settings.budget.tokens,

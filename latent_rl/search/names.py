@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from latent_rl.eval.answering import Answerer
 from latent_rl.rewards import RewardFunction
 from latent_rl.search.candidates import CodeSource
-from latent_rl.search.choosers import BestScore, CodeMedoid, Majority, softmax_weights
+from latent_rl.search.choosers import BestScore, Chooser, CodeMedoid, Majority, softmax_weights
 from latent_rl.search.code_tree import SearchBudget, TreeSearch, TreeSearchSettings
 from latent_rl.search.sampled import SampledSearch
 from latent_rl.search.scorers import MeanLogprob, RewardScore, Scorer
@@ -19,7 +19,7 @@ from latent_rl.search.scorers import MeanLogprob, RewardScore, Scorer
 if TYPE_CHECKING:
     from latent_rl.models import LatentActionModel
 
-__all__ = ["SCORERS", "SEARCHES", "SearchContext", "search_by_name"]
+__all__ = ["SCORERS", "SEARCHES", "SearchContext", "parse_search", "search_by_name"]
 
 _NAME = re.compile(r"([a-z-]+)-of-(\d+)(?::([a-z]+))?")
 
@@ -31,7 +31,8 @@ class SearchContext:
     Attributes:
         model, processor: a latent-action model and its processor.
         reward_funcs, reward_weights: for searches that choose by reward.
-        policy_name: what results call the policy.
+        name: what results call the search; None for one made of the policy and the method.
+        details: of the policy, such as its checkpoint; kept with the results.
         slots: answers decoded at once, at most.
     """
 
@@ -39,12 +40,22 @@ class SearchContext:
     processor: Any
     reward_funcs: Sequence[RewardFunction] = ()
     reward_weights: Sequence[float] | None = None
-    policy_name: str = "latent policy"
+    name: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
     slots: int = 64
 
-    def source(self) -> CodeSource:
-        """The policy's rollouts."""
-        return CodeSource(self.model, self.processor, name=self.policy_name, slots=self.slots)
+    def sampled(self, candidates: int, chooser: Chooser) -> Answerer:
+        """Choose among rollouts of the policy."""
+        return SampledSearch(
+            self._source(), candidates, chooser, name=self.name, details=self.details
+        )
+
+    def tree(self, scorer: Scorer, settings: TreeSearchSettings) -> Answerer:
+        """Search the policy's codes."""
+        return TreeSearch(self._source(), scorer, settings, name=self.name, details=self.details)
+
+    def _source(self) -> CodeSource:
+        return CodeSource(self.model, self.processor, slots=self.slots)
 
 
 def _reward(context: SearchContext) -> Scorer:
@@ -68,25 +79,25 @@ class _Method:
 
 
 def _best(context: SearchContext, count: int, scorer: Scorer) -> Answerer:
-    return SampledSearch(context.source(), count, BestScore(scorer))
+    return context.sampled(count, BestScore(scorer))
 
 
 def _majority(context: SearchContext, count: int, scorer: Scorer) -> Answerer:
-    return SampledSearch(context.source(), count, Majority(scorer))
+    return context.sampled(count, Majority(scorer))
 
 
 def _weighted(context: SearchContext, count: int, scorer: Scorer) -> Answerer:
     chooser = Majority(scorer, weights_of=softmax_weights, name="weighted majority")
-    return SampledSearch(context.source(), count, chooser)
+    return context.sampled(count, chooser)
 
 
 def _medoid(context: SearchContext, count: int, scorer: Scorer) -> Answerer:
-    return SampledSearch(context.source(), count, CodeMedoid())
+    return context.sampled(count, CodeMedoid())
 
 
 def _tree(context: SearchContext, count: int, scorer: Scorer) -> Answerer:
     settings = TreeSearchSettings(budget=SearchBudget(simulations=count), segment_length=4)
-    return TreeSearch(context.source(), scorer, settings)
+    return context.tree(scorer, settings)
 
 
 SEARCHES: Mapping[str, _Method] = MappingProxyType(
@@ -112,14 +123,23 @@ def search_by_name(name: str, context: SearchContext) -> Answerer:
     Raises:
         ValueError: for a name that is none, or a search by reward without rewards.
     """
+    method, count, scorer = parse_search(name)
+    return SEARCHES[method].make(context, count, SCORERS[scorer](context))
+
+
+def parse_search(name: str) -> tuple[str, int, str]:
+    """Method, N and scorer of a name, see :func:`search_by_name`.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
     match = _NAME.fullmatch(name)
-    if match is None or match[1] not in SEARCHES:
+    if match is None or match[1] not in SEARCHES or int(match[2]) < 1:
         known = ", ".join(f"{method}-of-N" for method in SEARCHES)
-        raise ValueError(f"search: name must be one of {known}, got {name!r}")
-    method, count = SEARCHES[match[1]], int(match[2])
-    scorer = match[3] or method.scorer
+        raise ValueError(f"search: name must be one of {known} with N >= 1, got {name!r}")
+    scorer = match[3] or SEARCHES[match[1]].scorer
     if scorer not in SCORERS:
         raise ValueError(
             f"search: {name!r} must choose by one of {', '.join(SCORERS)}, got {scorer!r}"
         )
-    return method.make(context, count, SCORERS[scorer](context))
+    return match[1], int(match[2]), scorer

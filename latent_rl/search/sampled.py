@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +19,21 @@ __all__ = ["SampledSearch"]
 class SampledSearch:
     """An answerer that draws N candidates for every answer and chooses one of them."""
 
-    def __init__(self, source: CandidateSource, candidates: int, chooser: Chooser) -> None:
+    def __init__(
+        self,
+        source: CandidateSource,
+        candidates: int,
+        chooser: Chooser,
+        *,
+        name: str | None = None,
+        details: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Draw from ``source``, ``candidates`` for each answer.
+
+        Args:
+            source, candidates, chooser: what is drawn, how many, and who chooses.
+            name: of the answerer; None for one made of source and method.
+            details: of the source, kept beside the search's own.
 
         Raises:
             ValueError: for fewer than 1 candidate.
@@ -27,11 +41,12 @@ class SampledSearch:
         if candidates < 1:
             raise ValueError(f"SampledSearch: candidates must be >= 1, got {candidates}")
         self._source, self._candidates, self._chooser = source, candidates, chooser
+        self._name, self._details = name, details
 
     @property
     def name(self) -> str:
         """Of source and method, such as "latent policy, best of 8"."""
-        return f"{self._source.name}, {self._chooser.name} of {self._candidates}"
+        return self._name or f"{self._source.name}, {self._chooser.name} of {self._candidates}"
 
     @property
     def num_codes(self) -> int | None:
@@ -41,7 +56,8 @@ class SampledSearch:
     @property
     def details(self) -> Mapping[str, Any]:
         """See :class:`latent_rl.eval.Answerer`."""
-        return {"candidates": self._candidates, **self._chooser.details}
+        own = {"search": self._chooser.name, "candidates": self._candidates}
+        return {**self._details, **own, **self._chooser.details}
 
     def answer(self, rows: Sequence[Row], seeds: Tensor, sampling: Sampling) -> list[list[Answer]]:
         """See :class:`latent_rl.eval.Answerer`; every answer has candidates of its own."""

@@ -105,6 +105,18 @@ def test_the_same_command_gives_the_same_answers(records, place, tmp_path) -> No
     assert load_evaluation(out).splits == records["latent"].splits
 
 
+def test_a_search_is_evaluated_by_its_name(records, place) -> None:
+    search = ["--search", "best-of-3", "--out", "search.json"]
+    assert run(["evaluate", "run", *SPLITS, *REWARDS, *FEW, *search]) == 0
+    record = load_evaluation(place / "search.json")
+    assert record.name == "06-rl best-of-3"
+    plain, best = summarise(records["latent"]), summarise(record)
+    for split in plain:
+        found = [a for p in record.splits[split].prompts for a in p.samples]
+        assert all(a.answer.cost > len(a.answer.tokens) for a in found)
+        assert best[split].answers == plain[split].answers
+
+
 def test_a_recipe_names_data_and_rewards(tmp_path, capsys) -> None:
     out = tmp_path / "recipe.json"
     command = ["evaluate", "run/04-behaviour_cloning", "--recipe", "recipe.yaml", *FEW]
@@ -196,6 +208,8 @@ BAD = [
     (["evaluate", "run", *SPLITS, *REWARDS, "--temperature", "0"], "temperature must be > 0"),
     (["evaluate", "run", *SPLITS, *REWARDS, "--name", "../x"], "--name must be words"),
     (["evaluate", "model", *SPLITS, *REWARDS, "--base"], "leave out --base"),
+    (["evaluate", "run", *SPLITS, *REWARDS, "--search", "beam-of-2"], "must be one of best-of-N"),
+    (["evaluate", "model", *SPLITS, *REWARDS, "--search", "tree-of-2"], "token model lacks"),
     (["evaluate", "run", *SPLITS, *REWARDS, "--no-semantic", "--device", "quantum"],
      "'quantum' is no torch device"),
     (["evaluate", "run", *SPLITS, *REWARDS, "--recipe", "absent.yaml"], "absent.yaml: no such"),

@@ -121,7 +121,7 @@ class TestSampled:
                 assert value_of(answer.codes) == max(value_of(c.answer.codes) for c in group)
                 assert answer.spent_tokens == answer.cost == sum(len(c.answer.codes) for c in group)
         assert search.name == "latent policy, best of 6"
-        assert search.details == {"candidates": 6, "chosen_by": "codes"}
+        assert search.details == {"search": "best", "candidates": 6, "chosen_by": "codes"}
         assert search.num_codes == K
 
     def test_best_of_1_is_the_policy(self, policy, source) -> None:
@@ -397,7 +397,11 @@ class TestNames:
     def test_a_name_may_say_what_it_chooses_by(self, policy) -> None:
         context = SearchContext(*policy, reward_funcs=[even_tokens])
         by_reward = search_by_name("best-of-8", context)
-        assert by_reward.details == {"candidates": 8, "chosen_by": "reward even_tokens"}
+        assert by_reward.details["chosen_by"] == "reward even_tokens"
+        named = dataclasses.replace(context, name="mine", details={"checkpoint": "here"})
+        for name in ("best-of-8", "tree-of-8"):
+            search = search_by_name(name, named)
+            assert (search.name, search.details["checkpoint"]) == ("mine", "here")
         likely = search_by_name("best-of-8:logprob", context)
         assert likely.details["chosen_by"] == "mean log-probability of codes"
         vote = search_by_name("weighted-majority-of-4:reward", context)
@@ -410,5 +414,5 @@ class TestNames:
                 search_by_name(name, context)
         with pytest.raises(ValueError, match="needs a reward"):
             search_by_name("best-of-4", context)
-        with pytest.raises(ValueError, match="candidates must be >= 1"):
+        with pytest.raises(ValueError, match="with N >= 1, got 'medoid-of-0'"):
             search_by_name("medoid-of-0", context)
