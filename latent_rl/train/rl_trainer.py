@@ -246,7 +246,10 @@ class LatentGRPOTrainer(BaseTrainer):
             batch_size=args.per_device_train_batch_size,
             autocast=self.accelerator.autocast,
             needs_logprobs=args.policy_moves_within_rollout or args.puts_kl_in_reward(),
-            needs_reference=args.num_iterations > 1 or args.puts_kl_in_reward(),
+            needs_reference=args.num_iterations > 1
+            or args.puts_kl_in_reward()
+            # A rollout keeps the reference it began with.
+            or (args.sync_ref_model and args.policy_moves_within_rollout),
         )
 
     def _scored_rollout(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
+from latent_rl.models import LatentActionModel
 from latent_rl.train.arguments import BaseArguments
 from latent_rl.train.divergence import (
     BadBatch,
@@ -19,9 +20,6 @@ from latent_rl.train.divergence import (
     non_finite_gradients,
     save_bad_batch,
 )
-
-if TYPE_CHECKING:
-    from latent_rl.models import LatentActionModel
 
 __all__ = ["WatchedTrainer"]
 
@@ -55,7 +53,11 @@ class WatchedTrainer(Trainer):
     @property
     def latent_model(self) -> LatentActionModel:
         """The model without the wrappers of distributed training."""
-        inner: LatentActionModel = self.accelerator.unwrap_model(self.model)
+        model: Any = self.model
+        if isinstance(model, LatentActionModel):
+            # Nearly always; unwrapping costs milliseconds, and every micro-step asks.
+            return model
+        inner: LatentActionModel = self.accelerator.unwrap_model(model)
         return inner
 
     def training_step(

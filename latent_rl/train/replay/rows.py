@@ -57,7 +57,8 @@ class ReplayRows:
 
     def row_tensors(self) -> dict[str, Tensor]:
         """Every tensor by the name of its field."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = (field for field in dataclasses.fields(self) if field.metadata.get("rows", True))
+        values = {field.name: getattr(self, field.name) for field in fields}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
@@ -70,7 +71,7 @@ class ReplayBatch(ReplayRows):
     """
 
     states: BatchStates
-    cells: Tensor
+    cells: Tensor = dataclasses.field(metadata={"rows": False})
 
     def spread(self, values: Tensor) -> Tensor:
         """[M, ...] of the kept actions -> [B, T, ...], zero elsewhere."""
