@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+from latent_rl.train.checkpointing import is_complete
 from latent_rl.train.forwarding import forward_through
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_ranks_stay_equal(tmp_path):
+def launch(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.train.two_ranks", str(tmp_path)],
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", module, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -29,7 +29,25 @@ def test_ranks_stay_equal(tmp_path):
         timeout=240,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_ranks_stay_equal(tmp_path):
+    done = launch("tests.train.two_ranks", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_was_killed_in_a_checkpoint_resumes_exactly(tmp_path):
+    killed = launch("tests.train.two_ranks_killed", str(tmp_path), "kill")
+    assert killed.returncode != 0
+    run = tmp_path / "killed"
+    assert [is_complete(run / f"checkpoint-{step}") for step in (1, 2, 3)] == [True, True, False]
+    written = [len(list((run / f"checkpoint-{n}").glob("state-rollout.rank*"))) for n in (2, 3)]
+    assert written == [2, 1]
+    done = launch("tests.train.two_ranks_killed", str(tmp_path), "resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint-3 is no complete checkpoint and is passed over" in done.stderr
 
 
 class Wrapper(nn.Module):
