@@ -38,13 +38,14 @@ def run_demo(
     if out.exists() and not out.is_dir():
         raise UserError(f"demo: --out {out} is not a directory")
 
-    from latent_rl.train.losses import ALGORITHMS
+    from latent_rl import demo
+    from latent_rl.demo.settings import ALGORITHMS
 
     if algorithm not in ALGORITHMS:
         known = ", ".join(sorted(ALGORITHMS))
-        raise UserError(f"demo: unknown algorithm {algorithm!r}; known are {known}")
-
-    from latent_rl import demo
+        raise UserError(
+            f"demo: unknown algorithm {algorithm!r}; both arms can be trained with {known}"
+        )
 
     demo.run(
         demo.DemoSettings(

@@ -60,6 +60,8 @@ class TestEntryPoint:
             (["train", "x.yaml", "--outt", "y"], "No such option: --outt"),
             (["demo", "--task", "chess"], "'chess' is not one of"),
             (["demo", "--algorithm", "ppoo"], "unknown algorithm 'ppoo'"),
+            # Known to the trainer, but the demo's other arm is TRL's GRPOTrainer.
+            (["demo", "--algorithm", "ppo"], "unknown algorithm 'ppo'; both arms"),
             (["demo", "--scale", "0"], "--scale must be > 0"),
         ],
     )

@@ -157,6 +157,18 @@ def test_completions_share_one_ratio():
     assert penalised.loss.item() == pytest.approx(0.025 + 0.25)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("grpo", -0.9), ("gspo", -(0.75 ** (1 / 3))), ("rloo", -0.75)]
+)
+def test_a_completion_without_a_kept_token_counts_as_zero(name, value):
+    terms = worked_terms()
+    keep = terms.keep_mask & torch.tensor([[True], [False]])
+    out = loss_of(name, dataclasses.replace(terms, keep_mask=keep), 3)
+    assert out.loss.item() == pytest.approx(value / 2)
+    # A share of what is kept: RLOO's unit is the completion, which is not clipped away at A > 0.
+    assert out.high_clip.item() == pytest.approx(1 / 3 if name == "grpo" else 0)
+
+
 def test_gspo_s_own_clip_is_narrow():
     terms = random_terms(0, [4, 4], shift=0.01)
     assert gspo_loss(terms).low_clip + gspo_loss(terms).high_clip > 0

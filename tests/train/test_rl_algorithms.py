@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from latent_rl import ops
-from latent_rl.train import ALGORITHMS
-from latent_rl.train.estimators import ScoredRollout
+from latent_rl.train import ALGORITHMS, register_algorithm
+from latent_rl.train.estimators import Estimate, ScoredRollout
+from latent_rl.train.losses import Defaults, PolicyLoss
 from latent_rl.train.replay import action_logits, action_outputs
 from latent_rl.train.scoring import score_update
 from tests.train.test_rl_trainer import even_tokens, logged, make
@@ -68,6 +70,51 @@ def test_the_reward_rises(tmp_path, changes):
     trainer.train()
     # Measured .52 -> .76 to .84; the group noise of an evaluation is about .03.
     assert trainer.evaluate()["eval_reward"] > start + 0.12
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfGroup:
+    """An estimator of one's own: 1 for the best of each group, 0 for the rest."""
+
+    def __call__(self, rollout: ScoredRollout) -> Estimate:
+        rewards = rollout.rewards.masked_fill(~rollout.keep_mask, -torch.inf)
+        grouped = rewards.view(-1, rollout.group_size)
+        best = grouped == grouped.amax(1, keepdim=True)
+        return Estimate((best.float() * (grouped > -torch.inf)).reshape(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class CloneTheBest:
+    """An algorithm of one's own, as docs/training.md shows it."""
+
+    name: str = "clone_the_best"
+    defaults: Defaults = dataclasses.field(default_factory=Defaults)
+    choices: frozenset[str] = frozenset()
+    min_generations: int = 2
+    uses_values: bool = False
+
+    def estimator(self, settings):
+        return BestOfGroup()
+
+    def loss(self, terms, *, settings, normaliser):
+        likelihood = torch.where(terms.keep_mask, terms.logprobs, 0.0)
+        loss = -(terms.advantages[:, None] * likelihood).sum() / normaliser.num_tokens
+        none = torch.zeros_like(loss.detach())
+        return PolicyLoss(loss, none, none, {"cloned": terms.advantages.mean()})
+
+
+def test_an_algorithm_of_one_s_own_is_an_object(tmp_path):
+    register_algorithm(CloneTheBest())
+    try:
+        trainer, model = make(tmp_path, loss_type="clone_the_best", max_steps=2)
+        before = snapshot(model)
+        trainer.train()
+        with pytest.raises(ValueError, match="epsilon means nothing to loss_type 'clone_the_best'"):
+            make(tmp_path, loss_type="clone_the_best", epsilon=0.1)
+    finally:
+        del ALGORITHMS["clone_the_best"]
+    assert "latent.policy.head.weight" in moved(before, model)
+    assert all(value >= 0.25 for value in logged(trainer, "cloned"))
 
 
 @pytest.mark.parametrize("name", CLIPPING)
