@@ -2,6 +2,24 @@
 
 from latent_rl.rewards.batteries import Gated, NamesTheFact, WellFormed
 from latent_rl.rewards.failures import RewardFailure, RewardStop, count_by_kind, failure_kind
+from latent_rl.rewards.form import (
+    IsJson,
+    LengthRange,
+    MatchesPattern,
+    OverlongPenalty,
+    RepetitionPenalty,
+    Tagged,
+)
+from latent_rl.rewards.matching import (
+    COMPARISONS,
+    ContainsAnswer,
+    ExactAnswer,
+    F1Answer,
+    GroundedFacts,
+    MatchesAnswer,
+    NumberAnswer,
+)
+from latent_rl.rewards.persona import PersonaMarkers
 from latent_rl.rewards.protocol import (
     Completion,
     RewardFunction,
@@ -17,9 +35,22 @@ from latent_rl.rewards.rows import score_rows
 from latent_rl.rewards.text import completion_text
 
 __all__ = [
+    "COMPARISONS",
     "Completion",
+    "ContainsAnswer",
+    "ExactAnswer",
+    "F1Answer",
     "Gated",
+    "GroundedFacts",
+    "IsJson",
+    "LengthRange",
+    "MatchesAnswer",
+    "MatchesPattern",
     "NamesTheFact",
+    "NumberAnswer",
+    "OverlongPenalty",
+    "PersonaMarkers",
+    "RepetitionPenalty",
     "RewardFailure",
     "RewardFunction",
     "RewardLog",
@@ -28,6 +59,7 @@ __all__ = [
     "RewardStop",
     "RewardTable",
     "RewardValue",
+    "Tagged",
     "WellFormed",
     "completion_text",
     "count_by_kind",

@@ -6,30 +6,20 @@ All follow the protocol of :mod:`latent_rl.rewards.protocol` (TRL's): called wit
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import itertools
+import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Any, cast
 
-from latent_rl.rewards.protocol import RewardValue
+from latent_rl.rewards.protocol import RewardFunction, RewardOutput, RewardValue, reward_name
 from latent_rl.rewards.text import column_of, completion_text
 
-__all__ = ["Gated", "NamesTheFact", "SyncReward", "WellFormed", "facts_named"]
+__all__ = ["Gated", "NamesTheFact", "WellFormed", "facts_named"]
 
 _WORD = re.compile(r"[a-z0-9']+")
-
-
-class SyncReward(Protocol):
-    """A reward that returns its numbers at once."""
-
-    def __call__(
-        self,
-        *,
-        prompts: list[Any],
-        completions: list[Any],
-        completion_ids: list[list[int]],
-        **columns: Any,
-    ) -> Sequence[RewardValue]: ...
 
 
 def facts_named(text: str, facts: Iterable[str]) -> set[str]:
@@ -130,14 +120,15 @@ class Gated:
     """``reward`` where every gate scores 1, else 0: style earns nothing on a wrong answer.
 
     A gate that is not applicable (None) is open. A reward that is None stays None where the gates
-    are open.
+    are open. Reward and gates may be asynchronous, such as a judge; a gate that failed on a row
+    fails the row.
     """
 
-    def __init__(self, reward: SyncReward, *gates: SyncReward) -> None:
+    def __init__(self, reward: RewardFunction, *gates: RewardFunction) -> None:
         if not gates:
             raise ValueError("Gated: needs at least one gate")
         self.reward, self.gates = reward, gates
-        self.__name__ = str(getattr(reward, "__name__", type(reward).__name__))
+        self.__name__ = reward_name(reward)
 
     def __call__(
         self,
@@ -146,17 +137,44 @@ class Gated:
         completions: list[Any],
         completion_ids: list[list[int]],
         **columns: Any,
-    ) -> list[RewardValue]:
+    ) -> RewardOutput | Awaitable[RewardOutput]:
         """See the class."""
-        given: dict[str, Any] = {
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": completion_ids,
-            **columns,
-        }
-        values = self.reward(**given)
-        gates = [gate(**given) for gate in self.gates]
-        return [
-            value if all(gate[i] is None or gate[i] == 1 for gate in gates) else 0.0
-            for i, value in enumerate(values)
+        outputs = [
+            function(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+            )
+            for function in (self.reward, *self.gates)
         ]
+        if any(inspect.isawaitable(output) for output in outputs):
+            return self._later(outputs)
+        return _gated(cast("list[RewardOutput]", outputs))
+
+    async def _later(
+        self, outputs: list[RewardOutput | Awaitable[RewardOutput]]
+    ) -> list[RewardValue]:
+        return _gated(await asyncio.gather(*(_awaited(output) for output in outputs)))
+
+
+async def _awaited(output: RewardOutput | Awaitable[RewardOutput]) -> RewardOutput:
+    if inspect.isawaitable(output):
+        return await output
+    return output
+
+
+def _gated(outputs: Sequence[RewardOutput]) -> list[RewardValue]:
+    """The first output's values where the others are 1 or None."""
+    results: list[RewardValue] = []
+    for value, *gates in zip(*outputs, strict=True):
+        failed = [gate for gate in gates if _has_failed(gate)]
+        if failed:
+            results.append(failed[0])
+        else:
+            results.append(value if all(gate is None or gate == 1 for gate in gates) else 0.0)
+    return results
+
+
+def _has_failed(value: RewardValue) -> bool:
+    """Whether scoring failed, in any of the ways the protocol knows."""
+    if value is None or isinstance(value, Exception):
+        return value is not None
+    return not math.isfinite(value)

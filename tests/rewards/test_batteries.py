@@ -90,6 +90,24 @@ def test_every_gate_must_open() -> None:
     assert scores(gated, answers, digit=["two"] * 3, fact=["even"] * 3) == [1.0, 0.0, 0.0]
 
 
+def test_a_judge_may_be_gated_and_be_a_gate() -> None:
+    async def judge(completions: Any, **columns: Any) -> list[Any]:
+        return [0.7, 0.8, TimeoutError("late"), float("nan")][: len(completions)]
+
+    gate = NamesTheFact(DIGITS, "digit")
+    table = score_all(
+        [Gated(judge, gate), Gated(gate, judge)],  # type: ignore[arg-type]
+        prompts=[""] * 4,
+        completions=["two", "one", "two", "two"],
+        completion_ids=[[]] * 4,
+        columns={"digit": ["two"] * 4},
+    )
+    assert table.names == ("judge", "names_the_fact")
+    assert table.per_function[0][:2] == (0.7, 0.0)
+    assert table.per_function[1][0] == 0.0  # 0.7 is no open gate
+    assert table.failed == (False, False, True, True)
+
+
 def test_they_combine_under_weights_by_their_names() -> None:
     gate = NamesTheFact(DIGITS, "digit", "correct")
     table = score_all(
