@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 __all__ = [
+    "BaselineRecipe",
     "DataRecipe",
     "ModelRecipe",
     "RLRecipe",
@@ -121,6 +122,17 @@ class RewardRecipe:
 
 
 @dataclass(frozen=True)
+class BaselineRecipe:
+    """The token-level arm: TRL's trainer on the same prompts, rewards and budget.
+
+    Attributes:
+        arguments: fields of `LatentGRPOConfig` that are not as in `rl`, such as a learning rate.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RLRecipe:
     """Reinforcement learning after the stages.
 
@@ -129,12 +141,14 @@ class RLRecipe:
         rewards: at least one.
         algorithm: name of the loss.
         arguments: fields of `LatentGRPOConfig`.
+        baseline: also train the base model over tokens, from the same stages; None does not.
     """
 
     data: tuple[str, ...]
     rewards: tuple[RewardRecipe, ...]
     algorithm: str = "grpo"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    baseline: BaselineRecipe | None = None
 
     def __post_init__(self) -> None:
         if not self.rewards:

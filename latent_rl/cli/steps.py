@@ -25,16 +25,21 @@ from latent_rl.config import (
     closest,
 )
 from latent_rl.train import (
+    Arm,
+    ArmJob,
     BehaviourCloning,
     InverseWarmup,
     Joint,
+    LatentArm,
     LatentGRPOConfig,
-    LatentGRPOTrainer,
     ProjectorWarmup,
     Stage,
     StageArguments,
     StageTrainer,
     TaskSFT,
+    TokenArm,
+    run_arm,
+    token_arguments,
 )
 from latent_rl.train.losses import ALGORITHMS
 
@@ -48,7 +53,7 @@ STAGES: Mapping[str, type[Stage]] = {
     stage.name: stage
     for stage in (InverseWarmup, ProjectorWarmup, Joint, BehaviourCloning, TaskSFT)
 }
-RL = "rl"
+RL, BASELINE = "rl", "baseline"
 
 # Set by the run itself.
 _RESERVED = ("output_dir", "seed", "overwrite_output_dir", "resume_from_checkpoint")
@@ -66,6 +71,15 @@ class Step(ABC):
     def tunes_backbone(self) -> bool:
         """Whether the step changes the backbone, so that its result must hold it."""
         return False
+
+    @property
+    def is_arm(self) -> bool:
+        """Whether the step is one of several that start from the last stage, and none from it."""
+        return False
+
+    def save(self, model: LatentActionModel, directory: Path, *, include_backbone: bool) -> None:
+        """Write what the step made of `model`."""
+        model.save_pretrained(directory, include_backbone=include_backbone)
 
     @abstractmethod
     def check_arguments(self, work: Path) -> None:
@@ -111,28 +125,53 @@ class StageStep(Step):
 
 @dataclass(frozen=True)
 class RLStep(Step):
-    """Reinforcement learning."""
+    """Reinforcement learning of the latent policy."""
 
     rewards: tuple[RewardFunction, ...]
     arguments: Mapping[str, Any]
 
+    @property
+    def is_arm(self) -> bool:
+        """See :class:`Step`."""
+        return True
+
     def check_arguments(self, work: Path) -> None:
         """See :class:`Step`."""
-        _arguments(LatentGRPOConfig, self.arguments, work, self.name)
+        self._settings(work)
 
     def train(
         self, model: LatentActionModel, processor: Any, work: Path, *, resume: bool
     ) -> list[dict[str, Any]]:
         """See :class:`Step`."""
-        trainer = LatentGRPOTrainer(
-            model,
-            list(self.rewards),
-            _arguments(LatentGRPOConfig, self.arguments, work, self.name),
-            train_dataset=self.rows,
-            processing_class=processor,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return cast("list[dict[str, Any]]", trainer.state.log_history)
+        job = ArmJob(self.rewards, self.rows, processor)
+        run = run_arm(self._arm(model), job, self._settings(work), resume=resume)
+        return [dict(entry) for entry in run.history]
+
+    def _settings(self, work: Path) -> LatentGRPOConfig:
+        found: LatentGRPOConfig = _arguments(LatentGRPOConfig, self.arguments, work, self.name)
+        return found
+
+    def _arm(self, model: LatentActionModel) -> Arm:
+        return LatentArm(lambda: model)
+
+
+@dataclass(frozen=True)
+class BaselineStep(RLStep):
+    """The same over tokens, by TRL; its result is a plain model, not a latent-action one."""
+
+    def check_arguments(self, work: Path) -> None:
+        """See :class:`Step`."""
+        try:
+            token_arguments(self._settings(work))
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.name}: {error}") from error
+
+    def save(self, model: LatentActionModel, directory: Path, *, include_backbone: bool) -> None:
+        """See :class:`Step`."""
+        cast(Any, model.backbone).save_pretrained(directory)
+
+    def _arm(self, model: LatentActionModel) -> Arm:
+        return TokenArm(lambda: model.backbone)
 
 
 def make_steps(recipe: Recipe, recipe_dir: Path) -> list[Step]:
@@ -148,8 +187,8 @@ def make_steps(recipe: Recipe, recipe_dir: Path) -> list[Step]:
         previous = _chained(previous, recipe, item)
         steps.append(_stage_step(recipe, item, index, previous))
     if recipe.rl is not None:
-        previous = _chained(previous, recipe, recipe.rl)
-        steps.append(_rl_step(recipe, recipe.rl, recipe_dir, previous))
+        mark = _chained(previous, recipe, recipe.rl)
+        steps += _rl_steps(recipe, recipe.rl, recipe_dir, mark)
     return steps
 
 
@@ -157,7 +196,8 @@ def _chained(previous: str, recipe: Recipe, item: StageRecipe | RLRecipe) -> str
     return fingerprint(
         {
             "previous": previous,
-            "step": dataclasses.asdict(item),
+            # A baseline beside it does not make RL another step.
+            "step": {k: v for k, v in dataclasses.asdict(item).items() if k != "baseline"},
             "data": {name: dataclasses.asdict(recipe.data[name]) for name in item.data},
             "seed": recipe.seed,
             "arguments": dict(recipe.arguments),
@@ -180,7 +220,8 @@ def _stage_step(recipe: Recipe, item: StageRecipe, index: int, mark: str) -> Sta
     )
 
 
-def _rl_step(recipe: Recipe, item: RLRecipe, recipe_dir: Path, mark: str) -> RLStep:
+def _rl_steps(recipe: Recipe, item: RLRecipe, recipe_dir: Path, mark: str) -> list[RLStep]:
+    """The latent arm, and the token arm where the recipe wants it."""
     if item.algorithm not in ALGORITHMS:
         raise RecipeError(
             f"rl.algorithm: unknown algorithm {item.algorithm!r}"
@@ -195,16 +236,25 @@ def _rl_step(recipe: Recipe, item: RLRecipe, recipe_dir: Path, mark: str) -> RLS
         "loss_type": item.algorithm,
         "reward_weights": [reward.weight for reward in item.rewards],
     }
+    _refuse_reserved(item.arguments, "rl")
+    rows = [row for d in item.data for row in recipe_data.prompts(d, recipe.data[d])]
+    number = f"{len(recipe.stages) + 1:02d}"
+    arguments = _merged(recipe, own, LatentGRPOConfig, "rl")
+    steps = [RLStep(f"{number}-{RL}", rows, mark, rewards, arguments)]
+    if item.baseline is not None:
+        changed = item.baseline.arguments
+        _merged(recipe, changed, LatentGRPOConfig, "rl.baseline")
+        _refuse_reserved(changed, "rl.baseline")
+        mark = fingerprint({"rl": mark, "baseline": dataclasses.asdict(item.baseline)})
+        name = f"{number}-{BASELINE}"
+        steps.append(BaselineStep(name, rows, mark, rewards, {**arguments, **changed}))
+    return steps
+
+
+def _refuse_reserved(arguments: Mapping[str, Any], where: str) -> None:
     for name in ("loss_type", "reward_weights"):
-        if name in item.arguments:
-            raise RecipeError(f"rl.arguments.{name}: is set by rl.algorithm and rl.rewards")
-    return RLStep(
-        name=f"{len(recipe.stages) + 1:02d}-{RL}",
-        rows=[row for d in item.data for row in recipe_data.prompts(d, recipe.data[d])],
-        fingerprint=mark,
-        rewards=rewards,
-        arguments=_merged(recipe, own, LatentGRPOConfig, "rl"),
-    )
+        if name in arguments:
+            raise RecipeError(f"{where}.arguments.{name}: is set by rl.algorithm and rl.rewards")
 
 
 def _merged(recipe: Recipe, own: Mapping[str, Any], cls: type[Any], where: str) -> dict[str, Any]:

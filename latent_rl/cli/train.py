@@ -80,7 +80,7 @@ def _run_steps(
     processor: Any = None
     done: Path | None = None
     for step in todo:
-        before = steps[: steps.index(step)]
+        before = [s for s in steps[: steps.index(step)] if not s.is_arm]
         start = next((run.final(s.name) for s in reversed(before) if s.name in finished), None)
         if model is None or start != done:
             model = _start_model(recipe.model, config, start)
@@ -116,7 +116,7 @@ def _run_step(
         raise
     prepared = Path(tempfile.mkdtemp(prefix=f".{step.name}.", dir=run.root))
     try:
-        model.save_pretrained(prepared, include_backbone=include_backbone)
+        step.save(model, prepared, include_backbone=include_backbone)
         processor.save_pretrained(prepared)
         (prepared / "log.json").write_text(json.dumps(log, indent=1), encoding="utf-8")
         prepared.chmod(0o755)  # mkdtemp's own mode shuts others out

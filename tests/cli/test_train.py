@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,76 @@ class TestParts:
         assert [p.name for p in (workspace / "run").iterdir()] == ["01-rl"]
         # Step 1 was not repeated: one call before, the interrupted one, and one after.
         assert (workspace / "calls").read_text(encoding="utf-8") == "3"
+
+
+class TestBaseline:
+    """`rl.baseline`: the token-level arm beside RL of codes."""
+
+    @pytest.fixture
+    def both(self, workspace: Path, trained: Path) -> Path:
+        """A recipe of both arms, from the cloned policy."""
+        pytest.importorskip("trl", reason="the token-level baseline is TRL's trainer")
+
+        def change(recipe: dict[str, Any]) -> None:
+            recipe["model"] = {"checkpoint": str(trained / "run" / STEPS[3])}
+            recipe["rl"]["baseline"] = {"arguments": {"learning_rate": 1e-3}}
+            del recipe["stages"]
+
+        edit(workspace / "recipe.yaml", change)
+        return workspace
+
+    def test_both_arms_start_from_the_same_checkpoint_on_one_budget(
+        self, both: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert run(["train", "recipe.yaml", "--stage", "rl"]) == 0
+        before = (both / "run/01-rl/log.json").stat().st_mtime_ns
+        # A baseline that comes later leaves RL alone.
+        assert run(["train", "recipe.yaml"]) == 0
+        assert sorted(p.name for p in (both / "run").iterdir()) == ["01-baseline", "01-rl"]
+        assert (both / "run/01-rl/log.json").stat().st_mtime_ns == before
+        spent = []
+        for step in ("01-rl", "01-baseline"):
+            log = json.loads((both / "run" / step / "log.json").read_text(encoding="utf-8"))
+            last = log[-1]
+            spent.append((last["spent/completions"], last["spent/optimizer_steps"]))
+            assert last["spent/generated_tokens"] > 0
+        assert spent == [(4, 2), (4, 2)]
+        # The baseline is a plain model, tuned from the base model.
+        assert not (both / "run/01-baseline/latent_config.json").exists()
+        base = load_file(trained / "model" / "model.safetensors")
+        tuned = load_file(both / "run/01-baseline/model.safetensors")
+        assert tuned.keys() == base.keys()
+        assert any(not torch.equal(base[name], tuned[name]) for name in base)
+
+    def test_the_token_arm_can_be_run_alone(self, both: Path) -> None:
+        assert run(["train", "recipe.yaml", "--stage", "baseline"]) == 0
+        assert [p.name for p in (both / "run").iterdir()] == ["01-baseline"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"dynamic_sampling": True}, "TRL has no dynamic sampling"),
+            ({"loss_type": "bnpo"}, "rl.baseline.arguments.loss_type: is set by rl.algorithm"),
+            ({"learning_rat": 1.0}, "did you mean 'learning_rate'?"),
+        ],
+    )
+    def test_what_cannot_be_is_said_before_anything_is_trained(
+        self, both: Path, capsys: pytest.CaptureFixture[str], arguments: Any, message: str
+    ) -> None:
+        edit(both / "recipe.yaml", _set("rl", "baseline", "arguments", value=arguments))
+        assert run(["train", "recipe.yaml"]) == 2
+        assert message in capsys.readouterr().err
+        assert not (both / "run").exists()
+
+    def test_without_trl_one_line_says_so(
+        self, both: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "trl", None)
+        assert run(["train", "recipe.yaml"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "pip install 'latent-rl[trl]'" in error
+        assert "\n" not in error
+        assert not (both / "run").exists()
 
 
 def _set(*path: Any, value: Any) -> Any:
