@@ -352,6 +352,22 @@ def test_no_kept_token_gives_a_zero_loss_with_a_gradient():
         assert loss.requires_grad
 
 
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_policy_far_away_gives_finite_gradients(name):
+    """exp(100) is inf in float32; the gradient of what is clipped away would be 0 * inf."""
+    terms = random_terms(0, [4, 4])
+    for distance in (100.0, -100.0):
+        for sign in (1.0, -1.0):
+            logprobs = (terms.old_logprobs + distance).detach().requires_grad_()
+            advantages = torch.full((2,), sign)
+            out = loss_of(
+                name, dataclasses.replace(terms, logprobs=logprobs, advantages=advantages), 4
+            )
+            out.loss.backward()
+            assert logprobs.grad.isfinite().all()
+            assert out.loss.isfinite()
+
+
 def test_errors_name_the_argument():
     terms = worked_terms()
     with pytest.raises(ValueError, match=r"beta=0\.1 needs kl"):

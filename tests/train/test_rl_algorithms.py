@@ -117,6 +117,32 @@ def test_an_algorithm_of_one_s_own_is_an_object(tmp_path):
     assert all(value >= 0.25 for value in logged(trainer, "cloned"))
 
 
+# bnpo divides by the tokens of a micro-batch, on purpose.
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"bnpo"}))
+def test_four_micro_batches_make_the_step_of_one(tmp_path, name):
+    heads = []
+    for size, accumulation in ((16, 1), (4, 4)):
+        trainer, model = make(
+            tmp_path / str(size),
+            loss_type=name,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            beta=0.1,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            max_resample_rounds=0,
+            # Completions of various lengths, so that divisors differ between micro-batches.
+            generation_kwargs={"eos_token_id": list(range(5, 60, 2))},
+        )
+        before = model.latent.policy.head.weight.detach().clone()
+        trainer.train()
+        heads.append(model.latent.policy.head.weight.detach() - before)
+    assert heads[0].abs().max() > 1e-5
+    torch.testing.assert_close(heads[1], heads[0], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", CLIPPING)
 def test_clipping_acts_over_several_epochs(tmp_path, name):
     # Ratios of completions hardly move, gspo's clip is narrow; cispo's weight needs a lower bound.
@@ -269,6 +295,14 @@ def test_the_value_loss_leaves_the_tower_alone_unless_told(tmp_path):
             gradients[detach, coefficient] = torch.cat([g.flatten() for g in tower])
     assert torch.equal(gradients[True, 0.0], gradients[True, 1.0])
     assert not torch.allclose(gradients[False, 0.0], gradients[False, 1.0], atol=1e-4)
+
+
+def test_values_stay_float32_under_mixed_precision(tmp_path):
+    trainer, _ = make(tmp_path, loss_type="ppo", bf16=True, max_steps=2, num_iterations=2)
+    trainer.train()
+    assert trainer.value_head.linear.weight.dtype == torch.float32
+    assert trainer._replay.old_values.dtype == trainer._replay.returns.dtype == torch.float32
+    assert all(math.isfinite(value) for value in logged(trainer, "loss/value_avg"))
 
 
 def test_a_saved_model_holds_no_value_head(tmp_path):

@@ -14,6 +14,7 @@ from latent_rl.train.losses.objective import (
     Normaliser,
     PolicyLoss,
     PolicyTerms,
+    bounded_exp,
     check_terms,
     kept_log_ratio,
     per_token_advantages,
@@ -43,7 +44,7 @@ def cispo_loss(
     """
     check_terms(terms, beta)
     keep, advantages = terms.keep_mask, per_token_advantages(terms)
-    weight = (ratio or TokenRatio())(kept_log_ratio(terms).detach(), keep).exp()
+    weight = bounded_exp((ratio or TokenRatio())(kept_log_ratio(terms).detach(), keep))
     likelihood = torch.where(keep, terms.logprobs, 0.0)
     per_token = -weight.clamp(max=max_weight) * advantages * likelihood
     loss = with_kl(per_token, terms, beta).sum() / num_tokens.clamp(min=1)

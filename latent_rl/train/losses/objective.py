@@ -13,6 +13,7 @@ from torch import Tensor
 from latent_rl.train.losses.ratios import RatioLevel, TokenRatio
 
 __all__ = [
+    "MAX_LOG_RATIO",
     "ClipRange",
     "GammaWeights",
     "LossSettings",
@@ -22,12 +23,18 @@ __all__ = [
     "SoftGate",
     "Surrogate",
     "ValueTerms",
+    "bounded_exp",
     "check_terms",
     "kept_log_ratio",
     "per_token_advantages",
     "surrogate",
     "with_kl",
 ]
+
+
+MAX_LOG_RATIO = 20.0
+"""Log ratios are cut here, at a ratio of 5e8, before exp: an overflow would make the gradient of
+clipped tokens 0 * inf. TRL's own losses overflow instead (but for VESPO's, which cuts here too)."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,11 @@ def kept_log_ratio(terms: PolicyTerms) -> Tensor:
     return torch.where(terms.keep_mask, terms.logprobs - terms.old_logprobs, 0.0)
 
 
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """Return exp(min(log_ratio, MAX_LOG_RATIO))."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
 def per_token_advantages(terms: PolicyTerms) -> Tensor:
     """Return the advantages as [B, 1] or [B, T]."""
     return terms.advantages[:, None] if terms.advantages.ndim == 1 else terms.advantages
@@ -219,7 +231,7 @@ def surrogate(
     """
     check_terms(terms, beta)
     keep, advantages = terms.keep_mask, per_token_advantages(terms)
-    weight = (ratio or TokenRatio())(kept_log_ratio(terms), keep).exp()
+    weight = bounded_exp((ratio or TokenRatio())(kept_log_ratio(terms), keep))
     clipped = weight.clamp(1 - clip.low, 1 + clip.high)
     bounded = weight if clip.delta is None else weight.clamp(max=clip.delta)
     per_token = -torch.min(bounded * advantages, clipped * advantages)

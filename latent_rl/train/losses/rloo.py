@@ -14,6 +14,7 @@ from latent_rl.train.losses.objective import (
     Normaliser,
     PolicyLoss,
     PolicyTerms,
+    bounded_exp,
     check_terms,
     kept_log_ratio,
 )
@@ -39,7 +40,7 @@ def rloo_loss(
     if terms.advantages.ndim != 1:
         raise ValueError(f"rloo_loss: advantages must be [B], got {tuple(terms.advantages.shape)}")
     clip, keep, advantages = clip or ClipRange(), terms.keep_mask, terms.advantages
-    ratio = kept_log_ratio(terms).sum(-1).exp()
+    ratio = bounded_exp(kept_log_ratio(terms).sum(-1))
     clipped = ratio.clamp(1 - clip.low, 1 + clip.high)
     real = keep.any(-1)
     per_row = torch.where(real, -torch.min(ratio * advantages, clipped * advantages), 0.0)

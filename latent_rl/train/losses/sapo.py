@@ -14,6 +14,7 @@ from latent_rl.train.losses.objective import (
     PolicyLoss,
     PolicyTerms,
     SoftGate,
+    bounded_exp,
     check_terms,
     kept_log_ratio,
     per_token_advantages,
@@ -39,7 +40,7 @@ def sapo_loss(
     check_terms(terms, beta)
     keep, advantages = terms.keep_mask, per_token_advantages(terms)
     gate = gate or SoftGate()
-    weight = (ratio or TokenRatio())(kept_log_ratio(terms), keep).exp()
+    weight = bounded_exp((ratio or TokenRatio())(kept_log_ratio(terms), keep))
     tau = torch.where(advantages > 0, gate.positive, gate.negative)
     per_token = -torch.sigmoid(tau * (weight - 1)) * 4 / tau * advantages
     lengths = keep.sum(-1).clamp(min=1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from latent_rl.train.estimators import AdvantageEstimator, AdvantageSettings, GroupCentred
 from latent_rl.train.losses.algorithm import Defaults
 from latent_rl.train.losses.objective import (
+    MAX_LOG_RATIO,
     GammaWeights,
     LossSettings,
     Normaliser,
@@ -25,7 +26,6 @@ from latent_rl.train.losses.objective import (
 __all__ = ["VESPO", "vespo_loss"]
 
 DEFAULTS = Defaults()
-MAX_LOG_RATIO = 20.0
 MIN_LOG_WEIGHT = math.log(1e-8)
 
 
