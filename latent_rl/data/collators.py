@@ -100,11 +100,17 @@ class PairedViewCollator(ConversationCollator):
 def render_prompts(processor: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
     """Left-padded model inputs of RL rows, ready for ``generate``.
 
+    A row that stands there several times (the same object) is encoded once.
+
     Raises:
         ValueError: naming the row that cannot be rendered.
     """
     _check_processor(processor)
-    encoded = [encode_prompt(processor, row, f"row {i}") for i, row in enumerate(rows)]
+    known: dict[int, Encoded] = {}
+    for i, row in enumerate(rows):
+        if id(row) not in known:
+            known[id(row)] = encode_prompt(processor, row, f"row {i}")
+    encoded = [known[id(row)] for row in rows]
     inputs: dict[str, Tensor] = _batch(processor, encoded, left=True)["inputs"]
     return inputs
 

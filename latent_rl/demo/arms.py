@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latent_rl.demo.evaluate import MAX_NEW_TOKENS
 from latent_rl.demo.progress import StepProgress, TrainerProgress
-from latent_rl.demo.speakers import MAX_NEW_TOKENS
 from latent_rl.demo.tasks import TaskRewards
 from latent_rl.train import ArmJob, ArmRun, LatentGRPOConfig, run_arm
 from latent_rl.train.arms import Arm

@@ -15,15 +15,20 @@ from latent_rl import __version__
 from latent_rl.data import ConversationCollator
 from latent_rl.demo import report
 from latent_rl.demo.arms import Budget, DemoJob, run_demo_arm
-from latent_rl.demo.evaluate import EVALUATION_SEEDS, PARTS, Splits, evaluate_arm
+from latent_rl.demo.evaluate import SAMPLES, Splits, arm_result, measure_arm
 from latent_rl.demo.progress import StepProgress
 from latent_rl.demo.result import ArmResult, DemoResult, WorldModelNumbers, result_from_json
-from latent_rl.demo.speakers import LatentSpeaker, Speaker, TokenSpeaker
 from latent_rl.demo.steps import LATENT, MAX_LENGTH
 from latent_rl.demo.tasks import TASKS, Task
 from latent_rl.demo.tiny_vlm import load_model, load_processor
 from latent_rl.demo.workspace import Workspace
-from latent_rl.eval import world_model_report
+from latent_rl.eval import (
+    Answerer,
+    LatentAnswerer,
+    TokenAnswerer,
+    save_evaluation,
+    world_model_report,
+)
 from latent_rl.eval.writing import write_json
 from latent_rl.models import LatentActionModel
 from latent_rl.train import ArmRun, LatentArm, TokenArm
@@ -31,6 +36,7 @@ from latent_rl.train import ArmRun, LatentArm, TokenArm
 __all__ = ["EvaluationStep", "LatentArmStep", "ReportStep", "TokenArmStep"]
 
 _CLONED = "behaviour_cloning"
+_PROMPTS = 96
 
 
 def _budget(workspace: Workspace) -> Budget:
@@ -115,30 +121,25 @@ class EvaluationStep:
     def run(self, workspace: Workspace, progress: StepProgress) -> dict[str, Any]:
         """See :class:`latent_rl.demo.steps.Step`."""
         tasks = [TASKS[name] for name in workspace.settings.tasks]
-        done = 0
-        progress.start(4 * len(tasks) * PARTS)
+        processor = load_processor(workspace.path("base"))
+        progress.start(4 * len(tasks))
+        arms: list[dict[str, Any]] = []
 
-        def on_part() -> None:
-            nonlocal done
-            done += 1
-            progress.advance_to(done)
+        def on_progress(prompts: int, total: int) -> None:
+            progress.advance_to(len(arms) + prompts / total)
 
-        arms = []
         for task in tasks:
             splits: Splits = {
-                split: task.prompts(workspace.path("data"), split)[:96] for split in ("test", "ood")
+                split: task.prompts(workspace.path("data"), split)[:_PROMPTS]
+                for split in ("test", "ood")
             }
-            for arm, speaker, step in _contestants(workspace, task):
-                result = evaluate_arm(
-                    arm,
-                    task.name,
-                    speaker,
-                    task.rewards(),
-                    splits,
-                    num_codes=LATENT.num_codes,
-                    diversity_prompts=16,
-                    on_part=on_part,
+            for answerer, step in _contestants(workspace, task, processor):
+                record = measure_arm(
+                    answerer, task.rewards(), splits, processor.tokenizer.decode, on_progress
                 )
+                file = f"{task.name}-{answerer.name}.json".replace(" ", "-")
+                save_evaluation(record, workspace.path("evaluations", file))
+                result = arm_result(answerer.name, task.name, record)
                 if step is not None:
                     run = workspace.record(step)
                     result = dataclasses.replace(
@@ -151,18 +152,19 @@ class EvaluationStep:
         return {"arms": arms, **_world_model(workspace, tasks)}
 
 
-def _contestants(workspace: Workspace, task: Task) -> Sequence[tuple[str, Speaker, str | None]]:
-    """(arm, who speaks, the RL step its seconds and curve come from)."""
-    processor = load_processor(workspace.path("base"))
+def _contestants(
+    workspace: Workspace, task: Task, processor: Any
+) -> Sequence[tuple[Answerer, str | None]]:
+    """Who answers, and the RL step its seconds and curve come from."""
     base = load_model(workspace.path("base"))
     token = load_model(workspace.path("token", task.name))
+    cloned, tuned = (_latent_model(workspace, name) for name in (_CLONED, task.name))
     return (
-        ("SFT", TokenSpeaker(base, processor), None),
-        ("token RL", TokenSpeaker(token, processor), TokenArmStep(task.name).name),
-        ("cloned policy", LatentSpeaker(_latent_model(workspace, _CLONED), processor), None),
+        (TokenAnswerer(base, processor, name="SFT"), None),
+        (TokenAnswerer(token, processor, name="token RL"), TokenArmStep(task.name).name),
+        (LatentAnswerer(cloned, processor, name="cloned policy", slots=256), None),
         (
-            "latent RL",
-            LatentSpeaker(_latent_model(workspace, task.name), processor),
+            LatentAnswerer(tuned, processor, name="latent RL", slots=256),
             LatentArmStep(task.name).name,
         ),
     )
@@ -265,7 +267,7 @@ def collect(workspace: Workspace) -> DemoResult:
         losses=losses,
         code_tokens={int(k): tuple(v) for k, v in evaluation["code_tokens"].items()},
         rl_budget=_budget(workspace).rollouts,
-        evaluation_seeds=len(EVALUATION_SEEDS),
+        evaluation_seeds=SAMPLES,
     )
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment
-from PIL import Image
 from rich.table import Table
 
 from latent_rl.demo.report_template import TEMPLATE
 from latent_rl.demo.result import ArmResult, DemoResult, Sample
 from latent_rl.eval import Interval
+from latent_rl.eval.report import environment
+from latent_rl.eval.report.figures import draw_usage, inline, new_figure, running_mean
 from latent_rl.eval.writing import write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -60,27 +58,33 @@ def table(result: DemoResult) -> Table:
 
 def write_picture(result: DemoResult, path: Path) -> None:
     """The picture: training rewards, final rewards with intervals, use of the codes."""
-    write_bytes(path, _picture(result))
+    out = io.BytesIO()
+    _picture(result).savefig(out, format="png", dpi=110)
+    write_bytes(path, out.getvalue())
 
 
 def write_report(result: DemoResult, path: Path) -> None:
     """One HTML file with everything inlined; it needs no network and no other file."""
-    environment = Environment(autoescape=True)
-    text = environment.from_string(TEMPLATE).render(
-        caption=_caption(result),
-        headings=list(columns(result.arms[0])),
-        rows=[list(columns(arm).values()) for arm in result.arms],
-        picture=base64.b64encode(_picture(result)).decode(),
-        losses=base64.b64encode(_loss_picture(result)).decode(),
-        world_model=result.world_model,
-        code_tokens=sorted(result.code_tokens.items()),
-        num_codes=result.num_codes,
-        seconds=result.step_seconds,
-        total_seconds=sum(result.step_seconds.values()),
-        settings=result.settings,
-        machine=result.machine,
-        budget=result.rl_budget,
-        conversations=_conversations(result),
+    text = (
+        environment({"demo": TEMPLATE})
+        .get_template("demo")
+        .render(
+            title="latent-rl demo",
+            caption=_caption(result),
+            headings=list(columns(result.arms[0])),
+            rows=[list(columns(arm).values()) for arm in result.arms],
+            picture=inline(lambda: _picture(result)),
+            losses=inline(lambda: _loss_picture(result)),
+            world_model=result.world_model,
+            code_tokens=sorted(result.code_tokens.items()),
+            num_codes=result.num_codes,
+            seconds=result.step_seconds,
+            total_seconds=sum(result.step_seconds.values()),
+            settings=result.settings,
+            machine=result.machine,
+            budget=result.rl_budget,
+            conversations=_conversations(result),
+        )
     )
     write_text(path, text)
 
@@ -101,38 +105,15 @@ def _tasks(result: DemoResult) -> list[str]:
     return list(dict.fromkeys(arm.task for arm in result.arms))
 
 
-def _picture(result: DemoResult) -> bytes:
+def _picture(result: DemoResult) -> Figure:
     tasks = _tasks(result)
-    figure, grid = _figure(len(tasks), 3)
+    figure, grid = new_figure(len(tasks), 3, width=4.6, height=3.4)
     for row, task in zip(grid, tasks, strict=True):
         arms = [arm for arm in result.arms if arm.task == task]
         _draw_curves(row[0], task, arms)
         _draw_rewards(row[1], arms)
         _draw_codes(row[2], arms)
-    return _png(figure)
-
-
-def _figure(rows: int, width: int) -> tuple[Figure, Any]:
-    # Agg draws without a display; the global pyplot state stays untouched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * width, 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, width, squeeze=False)
-
-
-def _png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
-
-
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and up to ``window - 1`` before it."""
-    return [
-        sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))
-    ]
+    return figure
 
 
 def _draw_curves(axes: Axes, task: str, arms: Sequence[ArmResult]) -> None:
@@ -140,7 +121,7 @@ def _draw_curves(axes: Axes, task: str, arms: Sequence[ArmResult]) -> None:
         if arm.curve:
             steps = range(1, len(arm.curve) + 1)
             axes.plot(steps, arm.curve, color=_COLOURS[arm.arm], alpha=0.25)
-            axes.plot(steps, _smooth(arm.curve, 8), color=_COLOURS[arm.arm], label=arm.arm)
+            axes.plot(steps, running_mean(arm.curve, 8), color=_COLOURS[arm.arm], label=arm.arm)
     axes.set(title=f"{task}: reward in training", xlabel="RL step", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -164,31 +145,27 @@ def _draw_rewards(axes: Axes, arms: Sequence[ArmResult]) -> None:
 
 def _whisker(axes: Axes, x: float, interval: Interval) -> None:
     if interval.low == interval.low:
-        axes.plot([x, x], [interval.low, interval.high], color="black", linewidth=1)
+        # Grey shows on white and on black.
+        axes.plot([x, x], [interval.low, interval.high], color="#808080", linewidth=1.5)
 
 
 def _draw_codes(axes: Axes, arms: Sequence[ArmResult]) -> None:
-    for arm in arms:
-        if arm.code_counts:
-            total = sum(arm.code_counts)
-            shares = sorted((count / total for count in arm.code_counts), reverse=True)
-            label = f"{arm.arm}: {arm.codes_used} used, perplexity {arm.code_perplexity:.1f}"
-            axes.step(range(1, len(shares) + 1), shares, where="mid",
-                      color=_COLOURS[arm.arm], label=label)  # fmt: skip
-    axes.set(title="share of each code, most used first", xlabel="rank", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    shown = [arm for arm in arms if arm.code_counts]
+    labels = [f"{a.arm}: {a.codes_used} used, perplexity {a.code_perplexity:.1f}" for a in shown]
+    usages = [(label, arm.code_counts) for label, arm in zip(labels, shown, strict=True)]
+    draw_usage(axes, usages, [_COLOURS[arm.arm] for arm in shown])
+    axes.set(title="share of each code")
 
 
-def _loss_picture(result: DemoResult) -> bytes:
+def _loss_picture(result: DemoResult) -> Figure:
     stages = list(result.losses.items())
-    figure, grid = _figure(1, max(len(stages), 1))
+    figure, grid = new_figure(1, max(len(stages), 1), width=4.6, height=3.4)
     for axes, (name, losses) in zip(grid[0], stages, strict=False):
         axes.plot(losses, alpha=0.3, color="#1f6fb4")
-        axes.plot(_smooth(losses, max(1, len(losses) // 20)), color="#1f6fb4")
+        axes.plot(running_mean(losses, max(1, len(losses) // 20)), color="#1f6fb4")
         axes.set(title=name.replace("_", " "), xlabel="logged step")
         axes.grid(alpha=0.3)
-    return _png(figure)
+    return figure
 
 
 def _conversations(result: DemoResult) -> list[dict[str, Any]]:
@@ -202,8 +179,8 @@ def _conversations(result: DemoResult) -> list[dict[str, Any]]:
         {
             "task": task,
             "split": "in distribution" if split == "test" else "out of distribution",
-            "image": _inline(image),
-            "prompt": html.unescape(prompt),
+            "image": image,
+            "prompt": prompt,
             "answers": [
                 {"arm": arm, "text": s.answer, "reward": f"{s.reward:.2f}", "codes": s.codes}
                 for arm, s in answers
@@ -211,12 +188,3 @@ def _conversations(result: DemoResult) -> list[dict[str, Any]]:
         }
         for (task, split, image, prompt), answers in grouped.items()
     ]
-
-
-def _inline(path: str) -> str:
-    """The picture, enlarged without smoothing, as base64 PNG."""
-    with Image.open(path) as image:
-        large = image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST)
-    out = io.BytesIO()
-    large.save(out, format="PNG")
-    return base64.b64encode(out.getvalue()).decode()

@@ -15,7 +15,7 @@ class Sample:
     """One conversation to look at.
 
     Attributes:
-        image: path of the picture. split: "test" or "ood". prompt, answer: text.
+        image: the picture as a data URI. split: "test" or "ood". prompt, answer: text.
         reward: of the answer. codes: latent actions of the answer, empty for token-level arms.
     """
 

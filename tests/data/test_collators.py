@@ -11,6 +11,7 @@ from latent_rl.data import (
     IGNORE_INDEX,
     ConversationCollator,
     PairedViewCollator,
+    collators,
     conversation_of,
     render_prompts,
 )
@@ -197,3 +198,18 @@ def test_pad_of_encoded_rows_equals_the_collator(qwen: Any) -> None:
     assert torch.equal(whole["labels"], padded["labels"])
     for name, value in whole["inputs"].items():
         assert torch.equal(value, padded["inputs"][name])
+
+
+def test_repeated_prompts_are_encoded_once(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"one {i} ?", "images": [tiny_image(i)]} for i in range(2)]
+    repeated = [rows[0], rows[0], rows[1], rows[0]]
+    copies = [dict(row) for row in repeated]
+    calls: list[str] = []
+    encode = collators.encode_prompt
+    monkeypatch.setattr(
+        collators, "encode_prompt", lambda *args: calls.append(args[2]) or encode(*args)
+    )
+    inputs = render_prompts(qwen.processor, repeated)
+    assert calls == ["row 0", "row 2"]
+    for name, value in render_prompts(qwen.processor, copies).items():
+        assert torch.equal(inputs[name], value), name

@@ -14,6 +14,7 @@ from latent_rl.demo.progress import DemoProgress
 from latent_rl.demo.result import Sample, WorldModelNumbers, result_from_json
 from latent_rl.demo.workspace import Workspace
 from latent_rl.eval import Interval
+from latent_rl.eval.rows import thumbnail
 
 # settings
 
@@ -88,10 +89,9 @@ def test_progress_without_a_terminal_says_what_is_left() -> None:
 
 
 @pytest.fixture
-def result(tmp_path) -> DemoResult:
-    picture = tmp_path / "scan.png"
-    Image.new("RGB", (16, 16)).save(picture)
-    sample = Sample(str(picture), "test", "user: What <b>digit</b>?", "It is four.", 0.75, (3, 1))
+def result() -> DemoResult:
+    picture = thumbnail(Image.new("RGB", (16, 16)))
+    sample = Sample(picture, "test", "user: What <b>digit</b>?", "It is four.", 0.75, (3, 1))
     token = ArmResult("token RL", "role-play", Interval(0.5, 0.4, 0.6), Interval(0.4, 0.3, 0.5),
                       0.55, 0.45, 0.9, 12.0, 8.0, curve=(0.1, 0.4, 0.5))  # fmt: skip
     latent = dataclasses.replace(
@@ -127,8 +127,9 @@ def test_the_report_stands_alone_and_escapes_what_models_say(result, tmp_path) -
     assert "What &lt;b&gt;digit&lt;/b&gt;?" in page
     assert "<script>" not in page
     # Nothing is fetched: every source is inlined.
-    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
-    assert page.count("data:image/png;base64,") == 3
+    assert re.findall(r'(?:src|href)="(?!data:|#)', page) == []
+    assert page.count("data:image/png;base64,") == 1
+    assert page.count("<svg") == 2
     assert "codes 3 1" in page
 
 

@@ -119,6 +119,11 @@ def test_plots_are_inline_and_follow_the_pages_colours(page) -> None:
     assert [bool(a["aria-label"]) for a in figures] == [True, True]
     assert "06-rl: reward, rewards/<b>/mean, loss" in figures[1]["aria-label"]
     assert len(page.named("svg")) == 2
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids)) > 10
+    used = [a["xlink:href"][1:] for a in page.named("use")]
+    assert used
+    assert set(used) <= set(ids)
     assert all("viewbox" in a and "width" not in a and "height" not in a for a in page.named("svg"))
     styles = " ".join(a.get("style") or "" for _, a in page.tags)
     assert "currentColor" in styles

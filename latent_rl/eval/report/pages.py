@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
@@ -14,8 +15,8 @@ from markupsafe import Markup
 from latent_rl.eval.compare import Comparison, compare
 from latent_rl.eval.intervals import Interval
 from latent_rl.eval.record import Evaluation
-from latent_rl.eval.report.figures import curve_figure, require_matplotlib, usage_figure
-from latent_rl.eval.report.history import curves
+from latent_rl.eval.report.figures import curve_figure, inline, require_matplotlib, usage_figure
+from latent_rl.eval.report.history import Curve, curves
 from latent_rl.eval.report.template import TEMPLATES
 from latent_rl.eval.summary import SIMILARITY, SplitSummary, summarise
 from latent_rl.eval.writing import write_text
@@ -76,11 +77,7 @@ def write_run_report(
         title=title,
         compared=compared,
         parts=[_part(name, record) for name, record in evaluations.items()],
-        histories=[
-            _History(name, curve_figure(found), tuple(c.name for c in found), left_out)
-            for name, found, left_out in drawn
-            if found
-        ],
+        histories=[_history(name, found, left_out) for name, found, left_out in drawn if found],
     )
     write_text(path, text)
 
@@ -93,10 +90,11 @@ def write_comparison(
     write_text(path, page.render(title=title, found=found, evaluations=evaluations))
 
 
-def environment() -> Environment:
-    """The pages' templates, with autoescaping, and strict about names that are missing."""
+def environment(more: Mapping[str, str] = MappingProxyType({})) -> Environment:
+    """The pages' templates and ``more`` that may extend "base" and import "macros", by name; with
+    autoescaping, and strict about names that are missing."""
     made = Environment(
-        loader=DictLoader(TEMPLATES),
+        loader=DictLoader({**TEMPLATES, **more}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=False,
@@ -143,9 +141,14 @@ def _part(name: str, evaluation: Evaluation) -> _Part:
         evaluation=evaluation,
         summaries=summaries,
         warnings=tuple(warnings),
-        usage=usage_figure(usages) if usages else None,
+        usage=inline(lambda: usage_figure(usages)) if usages else None,
         effects={effect.code: effect.tokens for effect in evaluation.code_effects},
     )
+
+
+def _history(name: str, found: Sequence[Curve], left_out: int) -> _History:
+    picture = inline(lambda: curve_figure(found))
+    return _History(name, picture, tuple(curve.name for curve in found), left_out)
 
 
 def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
