@@ -40,6 +40,7 @@ from latent_rl.eval import (
     summarise,
 )
 from latent_rl.eval.references import ReferenceMeasures, measure_references
+from latent_rl.rewards import RewardStop
 from latent_rl.search import SearchContext, parse_search, search_by_name
 
 if TYPE_CHECKING:
@@ -102,18 +103,21 @@ def run_evaluate(request: EvaluateRequest) -> None:
     encoder = _encoder(request)
     device = torch_device(request.device)
     contestant = _contestant(request, place, name, device, (rewards, [r.weight for r in given]))
-    with _progress() as on_progress:
-        record = evaluate(
-            contestant.answerer,
-            splits,
-            rewards,
-            weights=[reward.weight for reward in given],
-            settings=request.settings,
-            encoder=encoder,
-            decode=contestant.decode,
-            reward_settings=[reward.settings for reward in given],
-            on_progress=on_progress,
-        )
+    try:
+        with _progress() as on_progress:
+            record = evaluate(
+                contestant.answerer,
+                splits,
+                rewards,
+                weights=[reward.weight for reward in given],
+                settings=request.settings,
+                encoder=encoder,
+                decode=contestant.decode,
+                reward_settings=[reward.settings for reward in given],
+                on_progress=on_progress,
+            )
+    except RewardStop as stop:
+        raise UserError(f"evaluate: a reward ended the run: {stop}") from stop
     measured = contestant.measure(splits)
     record = dataclasses.replace(
         record, world_model=measured.world_model, code_effects=measured.code_effects

@@ -27,7 +27,7 @@ from latent_rl.eval.record import (
 )
 from latent_rl.eval.rows import prompt_text, reward_fingerprint, row_fingerprint, thumbnail
 from latent_rl.eval.semantic import pairwise_similarities
-from latent_rl.rewards import RewardFunction, RewardTable, reward_name, score_all
+from latent_rl.rewards import RewardFunction, RewardLog, RewardTable, reward_name, score_rows
 
 __all__ = ["Scorer", "evaluate"]
 
@@ -71,7 +71,8 @@ def evaluate(
     _check(splits, settings, encoder)
     total, done = sum(len(rows) for rows in splits.values()), 0
     records: dict[str, SplitRecord] = {}
-    for split, rows in splits.items():
+    for split, given in splits.items():
+        rows = _with_all_columns(given)
         prompts: list[PromptRecord] = []
         for start in range(0, len(rows), settings.batch_prompts):
             indices = range(start, min(start + settings.batch_prompts, len(rows)))
@@ -124,6 +125,8 @@ class Scorer:
                 )
         self._settings = given
         self._names: tuple[str, ...] = ()
+        # Functions may log beside their rewards; here nobody reads it.
+        self._log = RewardLog()
         self.errors: dict[str, None] = {}
 
     @property
@@ -139,32 +142,19 @@ class Scorer:
 
     def score(self, rows: Sequence[Row], answers: Sequence[Answer]) -> list[ScoredAnswer]:
         """Rewards of one answer per row."""
-        columns = [name for name in rows[0] if name not in _RESERVED]
-        table = score_all(
+        table = score_rows(
             self._rewards,
-            prompts=[row["prompt"] for row in rows],
-            completions=[
-                _completion(row, answer) for row, answer in zip(rows, answers, strict=True)
-            ],
-            completion_ids=[list(answer.tokens) for answer in answers],
-            columns={name: [row.get(name) for row in rows] for name in columns},
+            rows,
+            [answer.text for answer in answers],
+            [answer.tokens for answer in answers],
             weights=self._weights,
+            extra=self._log.arguments(),
         )
         self._names = table.names
         for error in table.errors:
             if len(self.errors) < _MAX_ERRORS:
                 self.errors[error] = None
         return [_scored(answer, table, row) for row, answer in enumerate(answers)]
-
-
-_RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
-
-
-def _completion(row: Row, answer: Answer) -> Any:
-    """In the form of the prompt: text to text, messages to messages."""
-    if isinstance(row["prompt"], str):
-        return answer.text
-    return [{"role": "assistant", "content": answer.text}]
 
 
 def _scored(answer: Answer, table: RewardTable, row: int) -> ScoredAnswer:
@@ -195,6 +185,12 @@ def _check(
             "evaluate: semantic diversity needs samples >= 2 a prompt, "
             f"got {settings.samples}; give no encoder"
         )
+
+
+def _with_all_columns(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the same columns; what one lacks is None, as data sets fill it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [row if len(row) == len(names) else {**dict.fromkeys(names), **row} for row in rows]
 
 
 def _ask(

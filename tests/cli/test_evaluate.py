@@ -16,11 +16,15 @@ REWARDS = ("--reward", "well_formed", "--reward", "own_rewards:short=0.5")
 FEW = ("--max-new-tokens", "6", "--samples", "3", "--no-semantic")
 
 OWN_REWARDS = """
+from latent_rl.rewards import RewardStop
 def short(*, completions, **columns):
     return [1 / (1 + len(str(said))) for said in completions]
 
 def fails(*, completions, **columns):
     raise RuntimeError("the judge is away")
+
+def stops(*, completions, **columns):
+    raise RewardStop("budget of 3 requests spent")
 """
 
 
@@ -208,6 +212,8 @@ BAD = [
     (["evaluate", "run", *SPLITS, *REWARDS, "--temperature", "0"], "temperature must be > 0"),
     (["evaluate", "run", *SPLITS, *REWARDS, "--name", "../x"], "--name must be words"),
     (["evaluate", "model", *SPLITS, *REWARDS, "--base"], "leave out --base"),
+    (["evaluate", "run", *SPLITS, "--reward", "own_rewards:stops", "--no-semantic", "-m", "1",
+      "--max-new-tokens", "2"], "evaluate: a reward ended the run: budget of 3 requests spent"),
     (["evaluate", "run", *SPLITS, *REWARDS, "--search", "beam-of-2"], "must be one of best-of-N"),
     (["evaluate", "model", *SPLITS, *REWARDS, "--search", "tree-of-2"], "token model lacks"),
     (["evaluate", "run", *SPLITS, *REWARDS, "--no-semantic", "--device", "quantum"],

@@ -138,6 +138,31 @@ def test_greedy_answers_are_their_own_metric() -> None:
     assert "reward, T=0" not in summarise(small_evaluation(greedy=False))["test"].metrics
 
 
+def test_rewards_see_images_and_columns_that_some_rows_lack(tmp_path) -> None:
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "red.png")
+    seen = []
+
+    def looks(*, completions, images, hint, log_metric, **columns):
+        seen.extend(zip(images, hint, strict=True))
+        log_metric("seen", 1.0)
+        return [1.0] * len(completions)
+
+    asked = [
+        {"id": 0, "prompt": "what?", "images": [str(tmp_path / "red.png")]},
+        {"id": 1, "prompt": "who?", "hint": "me"},
+    ]
+    record = evaluate(
+        FixedAnswers({0: ["a"], 1: ["b"]}),
+        {"test": asked},
+        [looks],
+        settings=EvaluationSettings(samples=1, greedy=False),
+    )
+    assert record.errors == ()
+    (first, none), (nothing, hint) = seen
+    assert first[0].getpixel((0, 0)) == (255, 0, 0)
+    assert (none, nothing, hint) == (None, None, "me")
+
+
 # independence of how it is run
 
 
