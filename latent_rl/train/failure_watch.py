@@ -12,6 +12,7 @@ from torch import Tensor
 from latent_rl.rewards.failures import count_by_kind
 
 if TYPE_CHECKING:
+    from latent_rl.rewards.failures import RewardFailure
     from latent_rl.train.rollout import Rollout
 
 __all__ = ["MAX_FAILED_ROLLOUTS", "FailureWatch"]
@@ -33,8 +34,8 @@ class FailureWatch:
 
     Whatever the rate, `MAX_FAILED_ROLLOUTS` rollouts in a row without a single reward stop it.
 
-    `None` ("does not apply") is no failure. `add` is called for everything that was scored, also
-    for completions that dynamic sampling replaced; `check` once per rollout and on every process,
+    `None` ("does not apply") is no failure. `add` or `count` is called for all that was
+    scored, also what dynamic sampling replaced; `check` once per rollout and on every process,
     so that all of them stop at the same point.
     """
 
@@ -58,11 +59,16 @@ class FailureWatch:
 
     def add(self, rollout: Rollout) -> None:
         """Count a scored rollout, or a part of one, of this process."""
-        self._scored += len(rollout)
-        self._failed += int(rollout.failed.any(1).sum())
-        self._kept += int(rollout.keep_mask.sum())
-        self._now += count_by_kind(rollout.failures)
-        for failure in rollout.failures:
+        failed = int(rollout.failed.any(1).sum())
+        self.count(len(rollout), failed, int(rollout.keep_mask.sum()), rollout.failures)
+
+    def count(self, scored: int, failed: int, kept: int, failures: Sequence[RewardFailure]) -> None:
+        """Count scored completions of this process, those a function failed on, and those kept."""
+        self._scored += scored
+        self._failed += failed
+        self._kept += kept
+        self._now += count_by_kind(failures)
+        for failure in failures:
             if failure.message not in self._reasons:
                 self._reasons = [*self._reasons, failure.message][-MAX_REASONS:]
 

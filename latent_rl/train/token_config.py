@@ -24,6 +24,9 @@ TOKEN_MAPPING: Mapping[str, str] = {
     "values that `loss_type` gives the latent run",
     "replay_*, use_decoder, decoder_*": "say how latent rollouts are computed and kept; "
     "TRL generates with the model's own generate and keeps no states",
+    "max_reward_failure_rate, reward_failure_window": "the same",
+    "stop_on_nan, max_loss, max_grad_norm_before_stop": "watch the latent trainer's updates; "
+    "TRL's are not watched",
     "dynamic_sampling": "refused: TRL has none. Set it to False in both arms",
     "generation_kwargs": "passed on, but for stop_strings, which TRL cannot take",
 }
@@ -37,6 +40,12 @@ _ENGINE = (
     "max_resample_rounds",
     "do_sample_tokens",
     "log_completions_files",
+    # What stops a run; the harness keeps the first two, updates of TRL's are not watched.
+    "max_reward_failure_rate",
+    "reward_failure_window",
+    "stop_on_nan",
+    "max_loss",
+    "max_grad_norm_before_stop",
 )
 _ENGINE_PREFIX = "replay_"
 _RESOLVED = (

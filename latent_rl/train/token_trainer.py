@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from latent_rl.data import load_image
 from latent_rl.data.rows import prompt_of
 from latent_rl.rewards import RewardFunction, score_rows
+from latent_rl.train.failure_watch import FailureWatch
 from latent_rl.train.rl_config import LatentGRPOConfig
 from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.spending import SpendingMeter
@@ -82,7 +84,7 @@ def token_trainer(
             processing_class=processing_class,
             callbacks=callbacks,
         )
-    trainer.share(functions, train_dataset, eval_dataset)
+    trainer.share(args, functions, train_dataset, eval_dataset)
     return trainer
 
 
@@ -124,8 +126,15 @@ class _Harness:
     _log_completion_extra: Any
     _log_metric: Any
 
-    def share(self, functions: list[RewardFunction], train_rows: Any, eval_rows: Any) -> None:
+    def share(
+        self,
+        args: LatentGRPOConfig,
+        functions: list[RewardFunction],
+        train_rows: Any,
+        eval_rows: Any,
+    ) -> None:
         """Give the harness what it shares with the latent arm."""
+        self.failures = FailureWatch(args.max_reward_failure_rate, args.reward_failure_window)
         self.functions = functions
         self.rows_of = {True: train_rows, False: eval_rows}
         self.meter = SpendingMeter()
@@ -182,9 +191,11 @@ class _Harness:
         """Rewards [B, F] over all processes; NaN where one does not apply or the row failed.
 
         TRL leaves rows of NaN out of every mean and gives them no advantage.
+
+        Raises:
+            RuntimeError: when rewards fail too often, as in the latent arm.
         """
-        if self.model.training:
-            self.meter.count(len(self._rows), sum(map(len, completion_ids_list)))
+        training, accelerator = self.model.training, self.accelerator
         texts = self.processing_class.batch_decode(completion_ids_list, skip_special_tokens=True)
         table = score_rows(
             self.functions,
@@ -198,10 +209,16 @@ class _Harness:
                 "log_metric": self._log_metric,
             },
         )
-        rewards = torch.tensor(table.per_function, device=self.accelerator.device).T.contiguous()
+        if training:
+            self.meter.count(len(self._rows), sum(map(len, completion_ids_list)))
+            self.failures.count(
+                len(self._rows), sum(table.failed), sum(table.keep_mask), table.failures
+            )
+            self.failures.check(accelerator.gather, gather_object, accelerator.device)
+        rewards = torch.tensor(table.per_function, device=accelerator.device).T.contiguous()
         rewards[~torch.tensor(table.keep_mask, device=rewards.device)] = math.nan
         self._failed.append(float(table.num_dropped))
-        return self.accelerator.gather(rewards)
+        return accelerator.gather(rewards)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the latent trainer logs under the same names."""

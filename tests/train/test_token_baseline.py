@@ -104,7 +104,7 @@ class TestTheSameWork:
         for mine, other in zip(ours.calls, theirs.calls, strict=True):
             assert mine.keys() == other.keys()
             assert mine["prompts"] == other["prompts"]
-            assert all(a is b for a, b in zip(mine["images"], other["images"], strict=True))
+            assert mine["images"] == other["images"]  # the very same pictures
             form = [[(m["role"], type(m["content"])) for m in c] for c in mine["completions"]]
             assert form == [[("assistant", str)]] * 8
             assert form == [
@@ -159,6 +159,19 @@ class TestTheSameWork:
         ours = latent._new_replay([0, 0, 0, 0, 1, 1, 1, 1], 0).advantages
         assert float(theirs[0]) == 0
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+    def test_a_run_whose_rewards_fail_stops_in_both_arms(self, tmp_path):
+        def fails(*, completion_ids, **columns):
+            return [float("nan") if i % 2 else 1.0 for i in range(len(completion_ids))]
+
+        rate = {"max_reward_failure_rate": 0.4, "reward_failure_window": 2}
+        for name, make in (("latent", LatentGRPOTrainer), ("token", token_trainer)):
+            model, processor = tiny_model(act=0.3)
+            trained = model if name == "latent" else model.backbone
+            args = config(tmp_path / name, **rate)
+            trainer = make(trained, fails, args, rows(), None, processor)
+            with pytest.raises(RuntimeError, match=r"max_reward_failure_rate=0\.4"):
+                trainer.train()
 
     def test_the_reference_is_the_model_as_given(self, tmp_path):
         model, processor = tiny_model()
