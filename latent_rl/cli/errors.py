@@ -24,6 +24,13 @@ class UserError(Exception):
 _USER_ERRORS = (UserError, ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
+def _is_reward_stop(error: Exception) -> bool:
+    """Whether rewards ended the run: too many failed, or a judge's budget is spent."""
+    # Without the module loaded nothing can have raised it.
+    failures = sys.modules.get("latent_rl.rewards.failures")
+    return failures is not None and isinstance(error, failures.RewardStop)
+
+
 def exit_code(error: Exception) -> int:
     """Report an error on stderr and return the process's exit code.
 
@@ -31,7 +38,7 @@ def exit_code(error: Exception) -> int:
     else is a defect of this program and keeps its traceback.
     """
     usage = getattr(error, "format_message", None)  # errors of the argument parser
-    if usage is None and not isinstance(error, _USER_ERRORS):
+    if usage is None and not isinstance(error, _USER_ERRORS) and not _is_reward_stop(error):
         traceback.print_exception(error)
         return 1
     if os.environ.get(TRACEBACK_VARIABLE) == "1":

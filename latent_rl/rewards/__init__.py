@@ -30,7 +30,7 @@ from latent_rl.rewards.protocol import (
     score_all,
 )
 from latent_rl.rewards.reward_log import RewardLog
-from latent_rl.rewards.reward_model import RewardModel, resolve_rewards
+from latent_rl.rewards.reward_model import NamedRewardModel, RewardModel, resolve_rewards
 from latent_rl.rewards.rows import score_rows
 from latent_rl.rewards.text import completion_text
 
@@ -46,6 +46,7 @@ __all__ = [
     "LengthRange",
     "MatchesAnswer",
     "MatchesPattern",
+    "NamedRewardModel",
     "NamesTheFact",
     "NumberAnswer",
     "OverlongPenalty",

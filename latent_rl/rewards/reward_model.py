@@ -13,7 +13,7 @@ from latent_rl.rewards.protocol import RewardFunction, RewardValue
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["RewardModel", "resolve_rewards"]
+__all__ = ["NamedRewardModel", "RewardModel", "resolve_rewards"]
 
 
 class RewardModel:
@@ -133,6 +133,42 @@ class RewardModel:
         return [[] for _ in range(count)]
 
 
+class NamedRewardModel:
+    """A reward model that is loaded when it first scores, as `RewardModel.from_pretrained` does.
+
+    A name of the hub can be checked by loading alone; this lets a run check all the rest before.
+    """
+
+    def __init__(self, model: str, *, batch_size: int | None = None) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"NamedRewardModel: batch_size must be >= 1 or None, got {batch_size}")
+        self.model, self.batch_size = model, batch_size
+        self.__name__ = model.rstrip("/").split("/")[-1]
+        self._device: torch.device | str | None = None
+        self._loaded: RewardModel | None = None
+
+    def to(self, device: torch.device | str) -> NamedRewardModel:
+        """Choose the device; without a choice it is the GPU, if there is one."""
+        self._device = device
+        return self
+
+    def __call__(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        **columns: Any,
+    ) -> list[RewardValue]:
+        """See `RewardModel`."""
+        if self._loaded is None:
+            self._loaded = RewardModel.from_pretrained(self.model, batch_size=self.batch_size)
+            self._loaded.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return self._loaded(
+            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+        )
+
+
 def resolve_rewards(
     reward_funcs: Any, processing_classes: Any = None, device: torch.device | str | None = None
 ) -> list[RewardFunction]:
@@ -162,7 +198,7 @@ def resolve_rewards(
             function = RewardModel.from_pretrained(reward, processing_class)
         elif isinstance(reward, nn.Module):
             function = RewardModel(reward, processing_class or _own_tokenizer(reward))
-        if isinstance(function, RewardModel) and device is not None:
+        if isinstance(function, (RewardModel, NamedRewardModel)) and device is not None:
             function.to(device)
         functions.append(cast("RewardFunction", function))
     return functions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from latent_rl.rewards.failures import count_by_kind
+from latent_rl.rewards.failures import RewardStop, count_by_kind
 
 if TYPE_CHECKING:
     from latent_rl.rewards.failures import RewardFailure
@@ -78,7 +78,7 @@ class FailureWatch:
         gather, gather_objects: join a tensor [3] or a list of every process.
 
         Raises:
-            RuntimeError: naming how many failed, by kind, with examples.
+            RewardStop: naming how many failed, by kind, with examples.
         """
         here = torch.tensor([[self._scored, self._failed, self._kept]], device=device)
         scored, failed, kept = gather(here).sum(0).tolist()
@@ -87,7 +87,7 @@ class FailureWatch:
         self._without_reward = 0 if kept else self._without_reward + 1
         self._begin()
         if self._without_reward >= MAX_FAILED_ROLLOUTS:
-            raise RuntimeError(
+            raise RewardStop(
                 f"every reward of {MAX_FAILED_ROLLOUTS} rollouts in a row failed: "
                 f"{self._explained(gather_objects)}"
             )
@@ -96,7 +96,7 @@ class FailureWatch:
         total = sum(n for n, _ in self._window)
         lost = sum(n for _, n in self._window)
         if lost > self.max_rate * total:
-            raise RuntimeError(
+            raise RewardStop(
                 f"rewards failed on {lost} of {total} completions ({100 * lost / total:.0f} %) of "
                 f"the last {len(self._window)} rollouts, above max_reward_failure_rate="
                 f"{self.max_rate:g}: {self._explained(gather_objects)}"
