@@ -10,17 +10,24 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from latent_rl.cli.errors import UserError
+from latent_rl.train.checkpoint_files import flush
+from latent_rl.train.run_lock import run_lock
 
 __all__ = ["RunDirectory", "checkpoint_in", "fingerprint"]
 
 _RECORD = "step.json"
 _CHECKPOINT = "latent_config.json"
 _STEP = re.compile(r"^\d\d-\w+$")
+# Beside the steps: work (.partial), what is being replaced (.old), and mkdtemp's names.
+_LEFT = re.compile(r"^\.(?P<step>\d\d-\w+)\.(?:(?P<kind>partial|old)|\w+)$")
+_LOGS = ("completions", "runs")
+_BAD = "bad_batch-*"
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -79,22 +86,47 @@ class RunDirectory:
         (work / _RECORD).write_text(json.dumps({"fingerprint": expected}), encoding="utf-8")
         return work
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the directory to this run, first removing what a killed one left half done.
+
+        Raises:
+            RunInUseError: another run is at work in it.
+        """
+        try:
+            with run_lock(self.root):
+                for path in self.root.iterdir():
+                    step = _LEFT.match(path.name)
+                    # What was being put in place, and the work of a step that is in place.
+                    if step and (step["kind"] is None or self.final(step["step"]).is_dir()):
+                        shutil.rmtree(path, ignore_errors=True)
+                yield
+        finally:
+            if self.root.is_dir() and not any(self.root.iterdir()):
+                self.root.rmdir()
+
     def abandon(self, step: str) -> None:
-        """Remove the work directory of a step that failed with nothing to continue from."""
+        """Remove the work directory of a step that failed with nothing to continue from and
+        nothing to look at."""
         work = self.work(step)
-        if work.is_dir() and not any(work.glob("checkpoint-*")):
+        if work.is_dir() and not any(any(work.glob(kept)) for kept in ("checkpoint-*", _BAD)):
             shutil.rmtree(work)
-        if self.root.is_dir() and not any(self.root.iterdir()):
-            self.root.rmdir()
 
     def finish(self, step: str, prepared: Path) -> Path:
-        """Put a prepared directory (on the same disk) in the step's place and clean up."""
+        """Put a prepared directory (on the same disk) in the step's place, with what the work has
+        logged, and clean up."""
         final, old = self.final(step), self.root / f".{step}.old"
         shutil.copyfile(self.work(step) / _RECORD, prepared / _RECORD)
+        for name in _LOGS:
+            if (self.work(step) / name).is_dir():
+                shutil.copytree(self.work(step) / name, prepared / name, dirs_exist_ok=True)
+        for path in (*prepared.rglob("*"), prepared):
+            flush(path)
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
         prepared.rename(final)
+        flush(self.root)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.work(step), ignore_errors=True)
         return final

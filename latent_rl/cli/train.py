@@ -58,7 +58,8 @@ def run_train(
     if dry_run or not todo:
         console.print("nothing trained (dry run)" if dry_run else f"all done: {root}", markup=False)
         return
-    _run_steps(recipe, config, run, steps, todo, finished, console, resume=resume)
+    with run.held():
+        _run_steps(recipe, config, run, steps, todo, finished, console, resume=resume)
 
 
 def _run_steps(

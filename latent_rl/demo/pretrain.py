@@ -56,6 +56,9 @@ def pretrain(
 ) -> list[float]:
     """Train every weight on response tokens, phase by phase; returns the loss by step.
 
+    It keeps no checkpoints: it takes a minute or two, and a run that starts over ends in the same
+    weights, since rows, order and initial weights all follow from the seed.
+
     Args:
         model: the image-text model; trained in place and left in eval mode.
         processor: its processor.

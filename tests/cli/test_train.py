@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from latent_rl.cli import run
+from latent_rl.train.run_lock import run_lock
+from tests.train.kill_runs import KILLED, Runs
 
 STEPS = [
     "01-inverse_warmup",
@@ -239,6 +242,75 @@ class TestBaseline:
         assert "pip install 'latent-rl[trl]'" in error
         assert "\n" not in error
         assert not (both / "run").exists()
+
+
+# One after the other: where in the chain a run dies.
+KILLS = [
+    ("torch:Tensor.backward", 2, "before"),  # an update of the first stage
+    ("latent_rl.train.base_trainer:mark_complete", 4, "before"),  # a checkpoint of the third
+    ("latent_rl.cli.run_dir:RunDirectory.finish", 3, "before"),  # the tuned backbone is written
+    ("pathlib:Path.rename", 1, "after"),  # and in place, the work beside it
+    ("torch:Tensor.backward", 2, "before"),  # an update of the RL step
+]
+
+
+@pytest.mark.slow  # six processes
+def test_a_chain_killed_again_and_again_gives_the_same_models(
+    workspace: Path, trained: Path, tmp_path: Path
+) -> None:
+    runs = Runs(tmp_path)
+    for point in KILLS:
+        status, _ = runs.ask("cli", workspace, arguments=["train", "recipe.yaml"], point=point)
+        assert status == KILLED, runs.errors.read_text()[-2000:]
+    runs.finish("cli", workspace, arguments=["train", "recipe.yaml"])
+    runs.close()
+    assert sorted(p.name for p in (workspace / "run").iterdir()) == STEPS
+    for step in STEPS:
+        ours, theirs = weights(workspace / "run" / step), weights(trained / "run" / step)
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == [], step
+
+
+def test_a_second_run_in_the_same_directory_is_one_line(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, end = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(workspace / "run", ready, end))
+    other.start()
+    assert ready.wait(60)
+    assert run(["train", "recipe.yaml"]) == 2
+    end.set()
+    other.join()
+    assert "run is in use by another run" in capsys.readouterr().err
+    assert not (workspace / "run").exists()
+
+
+def _hold(place: Path, ready: Any, end: Any) -> None:
+    with run_lock(place):
+        ready.set()
+        end.wait(60)
+    place.rmdir()
+
+
+def test_a_diverged_step_is_one_line_and_keeps_its_batch(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(workspace / "recipe.yaml", _set("arguments", "max_loss", value=1e-9))
+    assert run(["train", "recipe.yaml"]) == 2
+    assert "update 1 was not made: the loss has the size" in capsys.readouterr().err
+    assert (workspace / "run" / ".01-inverse_warmup.partial" / "bad_batch-1.json").is_file()
+
+
+def test_logged_completions_outlive_the_work(workspace: Path, trained: Path) -> None:
+    def change(recipe: dict[str, Any]) -> None:
+        recipe["model"] = {"checkpoint": str(trained / "run" / STEPS[3])}
+        recipe["rl"]["arguments"] |= {"log_completions": True}
+        del recipe["stages"]
+
+    edit(workspace / "recipe.yaml", change)
+    assert run(["train", "recipe.yaml"]) == 0
+    logged = sorted(p.name for p in (workspace / "run" / "01-rl" / "completions").iterdir())
+    assert logged == ["completions_000000.jsonl", "completions_000001.jsonl"]
 
 
 def _set(*path: Any, value: Any) -> Any:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import latent_rl.cli.train  # noqa: F401  the command imports it late; here once for all runs
+from latent_rl.cli import run as cli_run
 from latent_rl.train import (
     InverseWarmup,
     LatentGRPOConfig,
@@ -128,6 +130,9 @@ def run(request: dict[str, Any]) -> None:
     out = Path(request["out"])
     if request.get("point"):
         arm(*request["point"])
+    if request["kind"] == "cli":
+        os.chdir(out)
+        raise SystemExit(cli_run(request["arguments"]))
     trainer = KINDS[request["kind"]](out, request.get("save_steps", 2))
     trainer.train(resume_from_checkpoint=True)
     weights = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
@@ -148,6 +153,8 @@ def forked(request: dict[str, Any]) -> int:
             os.dup2(2, 1)  # stdout carries the answers
             run(request)
             code = 0
+        except SystemExit as done:
+            code = done.code
         except BaseException:  # noqa: BLE001  a fork must never return into the server's loop
             traceback.print_exc()
         finally:

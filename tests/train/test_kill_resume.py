@@ -6,9 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,51 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from latent_rl.train.checkpointing import checkpoints, is_complete
-
-ROOT = Path(__file__).parents[2]
-KILLED = -signal.SIGKILL
+from tests.train.kill_runs import KILLED, Runs
 
 # Some 35 training runs, each a process: what is tested is that any moment is good enough to die.
 pytestmark = pytest.mark.slow
-
-
-class Runs:
-    """Training runs, each a process."""
-
-    def __init__(self, directory: Path) -> None:
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self.errors = directory / "stderr"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.train.kill_child"],
-            cwd=ROOT,
-            env={**os.environ, **threads, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors.open("w"),
-            text=True,
-        )
-
-    def ask(self, kind: str, out: Path, **request) -> tuple[int, float]:
-        """Train to the end or the kill, continuing what `out` holds; the status and seconds."""
-        out.mkdir(exist_ok=True)
-        line = json.dumps({"kind": kind, "out": str(out), **request})
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["status"], answer["seconds"]
-
-    def finish(self, kind: str, out: Path, **request) -> float:
-        status, seconds = self.ask(kind, out, **request)
-        assert status == 0, self.errors.read_text()[-3000:]
-        return seconds
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("runs"))
     yield runs
-    runs.process.stdin.close()
-    assert runs.process.wait(60) == 0
+    runs.close()
 
 
 @pytest.fixture(scope="module")
