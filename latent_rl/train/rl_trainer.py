@@ -18,21 +18,22 @@ from latent_rl import ops
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
 from latent_rl.train.completions_log import table_writers
-from latent_rl.train.estimators import ScoredRollout
+from latent_rl.train.dynamic_sampling import resampled_rollout
+from latent_rl.train.experience import scored_rollout
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
 from latent_rl.train.losses import Normaliser, PolicyLoss, PolicyTerms
 from latent_rl.train.regularisation import Regularisation
 from latent_rl.train.replay import Replay, ReplayFeed, ReplayStates, action_outputs, held_bytes
 from latent_rl.train.rl_config import LatentGRPOConfig
-from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker, join_rollouts
+from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker
 from latent_rl.train.rollout_metrics import rollout_metrics
 from latent_rl.train.rollout_record import BatchRecord, RolloutRecord
 from latent_rl.train.rollout_state import RolloutState
 from latent_rl.train.run_rewards import Reward, RunRewards
 from latent_rl.train.samplers import GroupedRepeatSampler
 from latent_rl.train.sampling import mix_seed
-from latent_rl.train.scoring import RolloutScores, Scorer, score_update
+from latent_rl.train.scoring import Scorer, score_update
 from latent_rl.train.spending import SpendingMeter
 from latent_rl.train.values import ValueHead, attach_value_head, explained_variance
 
@@ -210,7 +211,8 @@ class LatentGRPOTrainer(BaseTrainer):
         scores = self._scorer()(replay)
         self._record_rollout(rollout, scores.logprobs, keep)
         self.averages.add(memory.report(rollout.groups, rollout.forecast_bytes))
-        estimate = args.estimator()(self._scored_rollout(rollout, keep, scores))
+        beta, gather = self.regularisation.beta, self.accelerator.gather
+        estimate = args.estimator()(scored_rollout(rollout, keep, scores, args, beta, gather))
         if scores.values is not None and estimate.returns is not None:
             known = explained_variance(scores.values, estimate.returns, keep)
             self.averages.add({"val/explained_variance": known})
@@ -252,24 +254,6 @@ class LatentGRPOTrainer(BaseTrainer):
             or (args.sync_ref_model and args.policy_moves_within_rollout),
         )
 
-    def _scored_rollout(
-        self, rollout: Rollout, keep: Tensor, scores: RolloutScores
-    ) -> ScoredRollout:
-        penalty = None
-        if self.args.puts_kl_in_reward() and scores.log_ratio is not None:
-            penalty = self.regularisation.beta * scores.log_ratio
-        return ScoredRollout(
-            rewards=self.args.reward_shaping()(
-                rollout.rewards, rollout.completion_mask.sum(1), rollout.terminated
-            ),
-            keep_mask=rollout.keep_mask,
-            token_mask=keep,
-            group_size=self.args.num_generations,
-            penalty=penalty,
-            values=scores.values,
-            gather=self.accelerator.gather,
-        )
-
     def _record_rollout(self, rollout: Rollout, scored: Tensor | None, keep: Tensor) -> None:
         args = self.args
         std = group_advantages(
@@ -285,32 +269,30 @@ class LatentGRPOTrainer(BaseTrainer):
     def _sample(
         self, model: LatentActionModel, numbers: Sequence[int], rollout_number: int
     ) -> Rollout:
-        """Make a rollout of the given rows. With dynamic sampling, groups without a difference in
-        reward make room for other prompts, a limited number of times; the batch keeps its size."""
+        """Make a rollout of the given rows, or with dynamic sampling of as many."""
         args = self.args
-        group, scale = args.num_generations, args.reward_scale()
-        wanted = len(numbers)
-        parts: list[Rollout] = []
-        for attempt in range(args.resample_rounds() + 1):
+
+        def roll_out(numbers: Sequence[int], attempt: int, parts: Sequence[Rollout]) -> Rollout:
             seed = mix_seed(args.seed, rollout_number, attempt, args.process_index)
             held = held_bytes([group for part in parts for group in part.groups])
             rollout = self._run(model, self.train_dataset, numbers, seed, held=held)
             self.rewards.failures.add(rollout)
             self.meter.count(len(rollout), int(rollout.completion_mask.sum()))
-            informative = rollout.informative_groups(group, scale)
-            missing = wanted - sum(len(part) for part in parts)
-            if attempt == args.resample_rounds() or int(informative.sum()) * group >= missing:
-                # The rest is filled with groups whose advantages are 0.
-                order = torch.argsort(~informative, stable=True)[: missing // group]
-                parts.append(rollout.select_groups(order.sort().values, group))
-                break
-            if informative.any():
-                parts.append(rollout.select_groups(informative.nonzero()[:, 0], group))
-            missing = wanted - sum(len(part) for part in parts)
-            numbers = self._other_prompts(missing // group, rollout_number, attempt)
+            return rollout
+
+        made = resampled_rollout(
+            numbers,
+            roll_out=roll_out,
+            other_prompts=lambda count, attempt: self._other_prompts(
+                count, rollout_number, attempt
+            ),
+            group_size=args.num_generations,
+            scale=args.reward_scale(),
+            rounds=args.resample_rounds(),
+        )
         if args.resample_rounds():
-            self.averages.add({"resample_rounds": float(attempt)})
-        return join_rollouts(parts)
+            self.averages.add({"resample_rounds": float(made.rounds)})
+        return made.rollout
 
     def _other_prompts(self, count: int, rollout_number: int, attempt: int) -> list[int]:
         args = self.args
