@@ -22,7 +22,9 @@ def rollout(architecture: str, images: bool = True, steps: int = 9):
     vlm = tiny_vlm(architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LatentConfig(num_codes=8, inverse_layers=1, policy_layers=2, merge_blocks=1)
+        # Gemma3's last two layers would not let completions reach images: full, then a window.
+        layers = 3 if architecture == "gemma3" else 2
+        config = LatentConfig(num_codes=8, inverse_layers=1, policy_layers=layers, merge_blocks=1)
         model = LatentActionModel(vlm.model, config)
         for block in model.latent.merge.blocks:
             nn.init.normal_(block.w_down, std=0.3)

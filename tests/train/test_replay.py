@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from latent_rl import ops
 from latent_rl.train.replay import LAYOUTS, Replay, ReplayStates, action_logits, micro_batches
+from latent_rl.train.replay.attention import prepare_tower
+from latent_rl.train.replay.kernels import FlashVarlen, SdpaBlocks
 from tests.tiny_models import ARCHITECTURES
 from tests.train.replay_world import (
     G,
@@ -219,3 +222,75 @@ def test_micro_batches_keep_groups_together_within_a_step():
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
     assert first == set(order[:8])
     assert whole != micro_batches(lengths, 4, 4, [0, 0, 0, 0], 2)
+
+
+def test_the_last_layer_passes_over_prompts_for_keys_and_values_alone():
+    replay = replay_of()
+    model, _, _ = rollout("qwen2_5_vl")
+    batch, layers = replay.batch(range(6)), model.latent.policy.tower.layers
+    seen: dict[str, int] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda m, args, out, n=name: seen.update({n: args[0].shape[1]})
+        )
+        for name, module in {
+            "first": layers[0].mlp.gate_proj,
+            "last": layers[-1].mlp.gate_proj,
+            "keys": layers[-1].self_attn.k_proj,
+        }.items()
+    ]
+    with torch.no_grad():
+        action_logits(model.latent.policy, batch)
+    for handle in handles:
+        handle.remove()
+    positions = batch.states.hidden.shape[1]
+    prompts = [group.prompt for group in replay.states.groups]
+    assert seen == {"first": positions, "last": positions - sum(prompts) + 2, "keys": positions}
+
+
+def varlen(
+    q, k, v, ends_q, ends_k, most_q, most_k, *, dropout_p, softmax_scale, causal, window_size
+):
+    """What flash-attention documents: sequences end to end, causal from the last key backwards."""
+    assert causal
+    assert dropout_p == 0
+    out = []
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    for i in range(len(ends_q) - 1):
+        own_q, own_k = (slice(int(e[i]), int(e[i + 1])) for e in (ends_q, ends_k))
+        a, b = own_q.stop - own_q.start, own_k.stop - own_k.start
+        assert a <= most_q
+        assert b <= most_k
+        distance = torch.arange(b - a, b)[:, None] - torch.arange(b)
+        seen = distance >= 0
+        if window_size != (-1, -1):
+            assert window_size[1] == 0
+            seen &= distance <= window_size[0]
+        scores = torch.einsum("qhd,khd->hqk", q[own_q], k[own_k]) * softmax_scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v[own_k]))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_is_asked_for_the_same(window):
+    packing = replay_of().batch(range(6)).states.tower_kwargs["packing"]
+    length = len(packing.restore)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(length, heads, 16, generator=generator) for heads in (4, 2, 2))
+    for part in (packing, packing.final):
+        found = [
+            kernel.attend(query, key, value, part, scaling=0.3, window=window, dropout=0.0)
+            for kernel in (SdpaBlocks(), FlashVarlen(varlen))
+        ]
+        assert len(found[0]) == length - part.begin
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_towers_that_cannot_pack_are_named():
+    model, _, _ = rollout("llava")
+    tower = copy.deepcopy(model.latent.policy.tower)
+    tower._latent_rl_packs = False
+    tower.config.attn_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r'it caps attention scores; set replay_layout="padded"'):
+        prepare_tower(tower)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from latent_rl.train.replay.attention import Block, Packing, Piece
+from latent_rl.train.replay.blocks import Block, Packing, Piece
 from latent_rl.train.replay.states import GroupStates
 
 __all__ = ["LAYOUTS", "BatchStates", "Layout", "PackedLayout", "PaddedLayout"]
@@ -64,20 +64,27 @@ class PackedLayout:
     def lay_out(self, groups: Sequence[GroupStates], kept: Sequence[Sequence[int]]) -> BatchStates:
         """See `Layout`."""
         device = groups[0].hidden.device
-        prompts, rows = _pieces(groups)
+        places = _places(groups)
+        completions = [row for place in places for row in place.completions]
         action = []
-        for row, steps in zip(rows, kept, strict=True):
-            last = row.prompt_begin + row.prompt - 1
-            action += [row.begin + step - 1 if step else last for step in steps]
-        buckets = [*self._buckets(prompts), *self._buckets([row for row in rows if row.length])]
-        blocks = [Block.of(bucket, device) for bucket in buckets]
+        for (last, begin, _), steps in zip(completions, kept, strict=True):
+            action += [begin + step - 1 if step else last for step in steps]
+
+        def blocks(pieces: Sequence[Piece]) -> list[Block]:
+            return [Block.of(bucket, device) for bucket in self._buckets(pieces)]
+
+        rows = blocks([piece for place in places for piece in place.rows()])
+        # Prompts end up in no output but their last position's: its action is everyone's first.
+        bodies = sum(group.prompt - 1 for group in groups)
+        final = Packing.of([*blocks([p.last() for p in places]), *rows], bodies)
+        packing = Packing.of([*blocks([p.whole() for p in places]), *rows], 0, final)
         return BatchStates(
-            hidden=_prompts_first([(group.hidden, group.prompt) for group in groups], 0)[None],
+            hidden=_in_order([(group.hidden, group.prompt) for group in groups], 0)[None],
             tower_kwargs={
                 # Four axes: transformers hands it through and builds no mask of its own.
                 "attention_mask": torch.empty(1, 1, 1, 0, device=device),
                 "position_ids": _position_ids(groups),
-                "packing": Packing.of(blocks, (*prompts, *rows)),
+                "packing": packing,
             },
             action=torch.tensor(action, dtype=torch.int64, device=device),
         )
@@ -152,23 +159,55 @@ class PaddedLayout:
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), PaddedLayout())}
 
 
-def _pieces(groups: Sequence[GroupStates]) -> tuple[list[Piece], list[Piece]]:
-    """Prompts, and completions in the order of the groups."""
-    prompts, rows = [], []
-    prompt_begin, begin = 0, sum(group.prompt for group in groups)
-    for group in groups:
-        prompts.append(Piece(prompt_begin, group.prompt, masks=group.masks))
+@dataclass(frozen=True)
+class _Places:
+    """Where a group is in the packed row: prompts without their last positions come first, then
+    those, then completions."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, int, int], ...]
+    masks: Mapping[str, Tensor]
+
+    def whole(self) -> Piece:
+        """The prompt over itself."""
+        return Piece(self.prompt, self.prompt, 0, self.masks)
+
+    def last(self) -> Piece:
+        """The prompt's last position over the prompt."""
+        masks = {kind: mask[-1:] for kind, mask in self.masks.items()}
+        return Piece(self.prompt[-1:], self.prompt, len(self.prompt) - 1, masks)
+
+    def rows(self) -> list[Piece]:
+        """Completions over the prompt and themselves."""
+        return [
+            Piece(own, (*self.prompt, *own), len(self.prompt))
+            for _, begin, length in self.completions
+            if (own := range(begin, begin + length))
+        ]
+
+
+def _places(groups: Sequence[GroupStates]) -> list[_Places]:
+    bodies = sum(group.prompt - 1 for group in groups)
+    body, begin = 0, bodies + len(groups)
+    places = []
+    for number, group in enumerate(groups):
+        last = bodies + number
+        completions = []
         for length in group.lengths:
-            rows.append(Piece(prompt_begin, group.prompt, begin, length))
+            completions.append((last, begin, length))
             begin += length
-        prompt_begin += group.prompt
-    return prompts, rows
+        prompt = (*range(body, body + group.prompt - 1), last)
+        places.append(_Places(prompt, tuple(completions), group.masks))
+        body += group.prompt - 1
+    return places
 
 
-def _prompts_first(parts: Sequence[tuple[Tensor, int]], axis: int) -> Tensor:
-    prompts = [tensor.narrow(axis, 0, prompt) for tensor, prompt in parts]
+def _in_order(parts: Sequence[tuple[Tensor, int]], axis: int) -> Tensor:
+    """Tensors of groups, each with the length of its prompt, as `_Places` has them."""
+    bodies = [tensor.narrow(axis, 0, prompt - 1) for tensor, prompt in parts]
+    lasts = [tensor.narrow(axis, prompt - 1, 1) for tensor, prompt in parts]
     rest = [t.narrow(axis, prompt, t.shape[axis] - prompt) for t, prompt in parts]
-    return torch.cat([*prompts, *rest], axis)
+    return torch.cat([*bodies, *lasts, *rest], axis)
 
 
 def _position_ids(groups: Sequence[GroupStates], flat: bool = True) -> Any:
@@ -180,5 +219,5 @@ def _position_ids(groups: Sequence[GroupStates], flat: bool = True) -> Any:
     given = [group.positions.expand(axes, -1) for group in groups]
     if not flat:
         return given
-    ids = _prompts_first([(p, g.prompt) for p, g in zip(given, groups, strict=True)], 1)
+    ids = _in_order([(p, g.prompt) for p, g in zip(given, groups, strict=True)], 1)
     return ids if axes == 1 else ids[:, None]
