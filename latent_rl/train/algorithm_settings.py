@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from latent_rl.train.advantages import RewardScale, reward_scale
 from latent_rl.train.coefficients import CoefficientSchedule, coefficient_schedule
@@ -82,7 +81,7 @@ class AlgorithmSettings:
     epsilon_high: float | None = None
     delta: float | None = None
     importance_sampling_level: str | None = None
-    scale_rewards: str | bool | None = None
+    scale_rewards: str | None = None
     normalize_advantages: bool = False
     gamma: float = 1.0
     lam: float = 0.95
@@ -99,7 +98,7 @@ class AlgorithmSettings:
     entropy_coef: float = 0.0
     entropy_schedule: str = "constant"
     entropy_coef_end: float = 0.0
-    reward_clip_range: Sequence[float] | None = None
+    reward_clip_range: list[float] | None = None
     soft_punish_cache: int | None = None
     soft_punish_weight: float = 1.0
     missing_eos_penalty: float | None = None
@@ -172,7 +171,8 @@ class AlgorithmSettings:
 
     def reward_scale(self) -> RewardScale:
         """The advantage scale with the algorithm's default filled in."""
-        given = self.scale_rewards
+        # As in TRL the annotation has no bool, which command line parsers cannot take beside str.
+        given: Any = self.scale_rewards
         if isinstance(given, bool):
             given = "group" if given else "none"
         return reward_scale(_chosen(given, self.algorithm().defaults.scale_rewards))

@@ -121,12 +121,12 @@ def _in_grpo(loss_type: str) -> TokenAlgorithm:
 
 def _scale(args: LatentGRPOConfig) -> str:
     """TRL's name of the advantage scale, the algorithm's default filled in."""
-    chosen = args.scale_rewards
+    chosen: Any = args.scale_rewards  # a bool is taken too, see AlgorithmSettings.reward_scale
     if chosen is None:
         chosen = args.algorithm().defaults.scale_rewards
     if isinstance(chosen, bool):
         return "group" if chosen else "none"
-    return chosen
+    return str(chosen)
 
 
 def _rloo_settings(args: LatentGRPOConfig) -> dict[str, Any]:

@@ -157,3 +157,13 @@ def test_the_kl_stands_in_one_place():
         assert made.loss_settings(0.3).beta == (0.0 if inside else 0.3)
     assert not config(loss_type="ppo", beta=0.0).puts_kl_in_reward()
     assert config(loss_type="ppo", kl_in_reward=False, beta=0.3).loss_settings(0.3).beta == 0.3
+
+
+def test_a_command_line_parser_takes_the_settings():
+    from transformers import HfArgumentParser
+
+    line = "--output_dir unused --use_cpu --loss_type ppo --reward_clip_range -1 1 --target_kl 0.1"
+    (made,) = HfArgumentParser(LatentGRPOConfig).parse_args_into_dataclasses(line.split())
+    assert made.reward_clip_range == [-1.0, 1.0]
+    assert made.kl_controller().target == 0.1
+    assert made.algorithm().name == "ppo"
