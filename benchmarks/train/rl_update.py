@@ -184,7 +184,9 @@ class Bench:
                 self.args.distribution(),
             )
             loss = self.args.algorithm().loss(
-                terms, settings=self.args.loss_settings(), normaliser=trainer._normaliser
+                terms,
+                settings=self.args.loss_settings(self.args.beta),
+                normaliser=trainer._normaliser,
             )
             (loss.loss / steps).backward()
         return _finish(self.optimizer, policy)
