@@ -14,7 +14,8 @@ from latent_rl.eval import Answer, EvaluationSettings, compare, evaluate
 from latent_rl.eval.intervals import Interval
 from latent_rl.eval.record import CodeEffect
 from latent_rl.eval.report import read_histories, write_comparison, write_run_report
-from latent_rl.eval.report.history import curves
+from latent_rl.eval.report.figures import thinned
+from latent_rl.eval.report.history import Curve, curves
 from latent_rl.eval.report.pages import verdict
 from latent_rl.eval.world_model import WorldModelReport
 from tests.eval.evaluations import small_evaluation
@@ -216,7 +217,7 @@ def test_long_texts_are_folded_and_cut_and_the_page_stays_small(tmp_path) -> Non
         settings=EvaluationSettings(samples=2, greedy=False, shown=4),
         decode=lambda ids: "x" * len(ids),
     )
-    history = [{"step": i, **{f"m{k}": i * k for k in range(30)}} for i in range(5000)]
+    history = [{"step": i, **{f"m{k}": i * k for k in range(30)}} for i in range(1500)]
     path = tmp_path / "report.html"
     write_run_report(path, title="big", evaluations={"a": record}, histories={"rl": history})
     page = Page(path.read_text(encoding="utf-8"))
@@ -268,6 +269,15 @@ def test_curves_leave_out_what_says_nothing() -> None:
         ("grad_norm", (1, 2), (1, 2)),
     ]
     assert left_out == 0
+
+
+def test_long_curves_are_thinned_to_means() -> None:
+    curve = Curve("loss", tuple(range(1000)), tuple(2.0 * i for i in range(1000)))
+    steps, values = thinned(curve)
+    assert len(steps) == len(values) == 334
+    assert (steps[0], values[0], steps[-1]) == (1, 2, 999)
+    short = Curve("loss", (1, 2), (3, 4))
+    assert thinned(short) == ([1, 2], [3, 4])
 
 
 # comparison page

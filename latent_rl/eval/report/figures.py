@@ -25,6 +25,7 @@ __all__ = [
     "new_figure",
     "require_matplotlib",
     "running_mean",
+    "thinned",
     "usage_figure",
 ]
 
@@ -92,8 +93,8 @@ def inline(draw: Callable[[], Figure]) -> Markup:
 
 
 def curve_figure(curves: Sequence[Curve]) -> Figure:
-    """A panel per curve, four in a row, with its running mean where it is long."""
-    columns = min(4, len(curves))
+    """A panel per curve, three in a row, with its running mean where it is long."""
+    columns = min(3, len(curves))
     figure, grid = new_figure(-(-len(curves) // columns), columns)
     for axes, curve in zip(grid.ravel(), curves, strict=False):
         _draw_curve(axes, curve)
@@ -129,7 +130,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
-    steps, values = _thinned(curve)
+    steps, values = thinned(curve)
     long = len(values) > 20
     axes.plot(steps, values, color=COLOURS[0], alpha=0.35 if long else 1.0, linewidth=1)
     if long:
@@ -140,7 +141,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     axes.grid(alpha=0.25)
 
 
-def _thinned(curve: Curve) -> tuple[list[float], list[float]]:
+def thinned(curve: Curve) -> tuple[list[float], list[float]]:
     """At most ``_MAX_POINTS`` means of consecutive points, which bounds the page's size."""
     size = -(-len(curve.values) // _MAX_POINTS)
     starts = range(0, len(curve.values), size)
