@@ -31,7 +31,7 @@ _JSON_TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 class LengthRange:
-    """1 for a length in [minimum, maximum], falling in a line to 0 at `margin` outside.
+    """1 for a length in [minimum, maximum], falling in a line to 0 just past `margin` outside.
 
     tokens  count the completion's tokens instead of its words (runs without white space)
 

@@ -30,29 +30,11 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|(?<![\w.])
 _NUMBER_WORDS = {
     word: float(value)
     for value, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
+        re.findall(
+            r"\w+",
+            """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+            fifteen sixteen seventeen eighteen nineteen twenty""",
+        )
     )
 }
 
@@ -227,7 +209,8 @@ class GroundedFacts:
             an empty list scores 1 for naming none
     name    under which the reward is logged
 
-    Repeating a fact changes nothing, listing all of them scores the share of true ones. Can be
+    A fact within the words of another ("car" in "red car") is named by it too. Repeating a fact
+    changes nothing, listing all of them scores the share of true ones. Can be
     gamed by negation ("no dog" names the dog) and by guessing facts that are nearly always true.
 
     Raises:

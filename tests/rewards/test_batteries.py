@@ -105,7 +105,7 @@ def test_a_judge_may_be_gated_and_be_a_gate() -> None:
     assert table.names == ("judge", "names_the_fact")
     assert table.per_function[0][:2] == (0.7, 0.0)
     assert table.per_function[1][0] == 0.0  # 0.7 is no open gate
-    assert table.failed == (False, False, True, True)
+    assert table.failed_per_function == ((False, False, True, True),) * 2
 
 
 def test_they_combine_under_weights_by_their_names() -> None:

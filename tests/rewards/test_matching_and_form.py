@@ -123,7 +123,6 @@ def test_markers_come_from_the_profile_and_the_role() -> None:
     assert profile_markers(PROFILE, "Sherlock Holmes") == [
         ["elementary", "my", "dear", "watson"],
         ["game", "is", "afoot"],
-        ["dr"],
         ["john", "watson"],
         ["queen", "victoria"],
     ]

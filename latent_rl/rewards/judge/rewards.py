@@ -160,7 +160,7 @@ class _Judge(ABC):
             known = self._cached(key, question)
             if known is not None:
                 answers[key] = known
-            elif key not in answers:
+            else:
                 missing[key] = question
         if missing:
             answers |= await self._ask_all(missing)
