@@ -26,7 +26,7 @@ from latent_rl.cli.loading import (
     torch_device,
 )
 from latent_rl.cli.recipe_rewards import resolve_reward
-from latent_rl.cli.run_dir import checkpoint_in
+from latent_rl.cli.run_dir import checkpoint_in, fingerprint, weights_fingerprint
 from latent_rl.config import DataRecipe, Recipe, RewardRecipe, load_recipe
 from latent_rl.eval import (
     Answerer,
@@ -222,10 +222,14 @@ def _contestant(
     if not (place / _CHECKPOINT).is_file():
         processor = load_processor([request.processor or place], "processor")
         model = load_backbone(str(place), request.dtype, "evaluate").to(device)
-        details = {"model": str(place), "dtype": str(model.dtype)}
+        details = {
+            "model": str(place),
+            "weights": weights_fingerprint(place),
+            "dtype": str(model.dtype),
+        }
         tokens = TokenAnswerer(model, processor, name=name, details=details)
         return _Contestant(tokens, processor.tokenizer.decode, lambda _: ReferenceMeasures())
-    _, saved = saved_latent_config(place)
+    config, saved = saved_latent_config(place)
     latent = load_checkpoint(place, request.backbone, request.dtype).to(device)
     base_name = request.backbone or (saved.get("base_model") or {}).get("name")
     candidates: list[str | Path] = [place, *([base_name] if base_name else [])]
@@ -234,6 +238,8 @@ def _contestant(
     )
     details = {
         "checkpoint": str(place),
+        "weights": weights_fingerprint(place),
+        "latent_config": fingerprint(dataclasses.asdict(config)),
         "base_model": str(base_name),
         "dtype": str(latent.dtype),
     }

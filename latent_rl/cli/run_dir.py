@@ -19,7 +19,7 @@ from latent_rl.cli.errors import UserError
 from latent_rl.train.checkpoint_files import flush
 from latent_rl.train.run_lock import run_lock
 
-__all__ = ["RunDirectory", "checkpoint_in", "fingerprint"]
+__all__ = ["RunDirectory", "checkpoint_in", "fingerprint", "weights_fingerprint"]
 
 _RECORD = "step.json"
 _CHECKPOINT = "latent_config.json"
@@ -34,6 +34,16 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """A digest of settings, equal for equal settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """A digest of all weights below a directory; their settings and the place do not enter it."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(directory)} {content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def checkpoint_in(path: Path) -> Path:

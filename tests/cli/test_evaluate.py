@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from latent_rl.cli import run
+from latent_rl.cli.run_dir import weights_fingerprint
 from latent_rl.eval import Evaluation, load_evaluation, summarise
 
 REWARDS = ("--reward", "well_formed", "--reward", "own_rewards:short=0.5")
@@ -90,6 +91,7 @@ def test_a_latent_run_has_codes_rewards_and_references(records) -> None:
     assert len(record.code_effects) == 8
     assert record.code_uses
     assert record.details["checkpoint"] == "run/06-rl"
+    assert record.details["weights"] == records["base"].details["weights"]
     assert record.splits["test"].prompts[0].thumbnails[0].startswith("data:image/png")
 
 
@@ -100,6 +102,19 @@ def test_models_that_choose_tokens_have_no_codes(records) -> None:
         assert not record.code_uses
         assert not record.world_model
         assert summarise(record)["test"].usage is None
+
+
+def test_weights_are_known_by_their_content(place, tmp_path) -> None:
+    step = place / "run" / "03-joint"
+    shutil.copytree(step, tmp_path / "copy")
+    assert weights_fingerprint(tmp_path / "copy") == weights_fingerprint(step)
+    assert weights_fingerprint(step) != weights_fingerprint(place / "run" / "04-behaviour_cloning")
+    with (tmp_path / "copy" / "latent_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    assert weights_fingerprint(tmp_path / "copy") != weights_fingerprint(step)
 
 
 def test_the_same_command_gives_the_same_answers(records, place, tmp_path) -> None:
