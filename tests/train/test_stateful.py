@@ -184,3 +184,16 @@ def test_another_cut_of_the_rollout_is_refused(tmp_path):
     with_reference, _ = make(tmp_path, **MIDDLE)
     with pytest.raises(ValueError, match=r"checkpoint-6 holds no state-reference"):
         with_reference.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("spill", "layout"), [("host", "packed"), ("recompute", "padded")])
+def test_resuming_is_exact_however_the_replay_is_kept(tmp_path, spill, layout):
+    kept = {"replay_memory_gb": 5e-5, "replay_spill": spill, "replay_layout": layout}
+    settings = {**MIDDLE, **kept, "max_steps": 3, "save_steps": 2}
+    whole, whole_model = make(tmp_path / "whole", **settings)
+    whole.train()
+    cut, _ = make(tmp_path / "cut", callbacks=[StopAt(2)], **settings)
+    cut.train()
+    resumed, model = make(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert moved(snapshot(whole_model), model) == set()
