@@ -9,7 +9,7 @@ import pytest
 from latent_rl.rewards import RewardStop
 from latent_rl.rewards.judge import Dimension, JudgeSettings, PairwiseJudge, Rubric
 from latent_rl.train import LatentGRPOTrainer
-from tests.rewards.fake_endpoint import Reply, endpoint, good
+from tests.rewards.fake_endpoint import KEY, Reply, endpoint, good
 from tests.rewards.test_reward_model import classifier, tokenizer
 from tests.train.test_rl_trainer import config, even_tokens, logged
 from tests.train.test_stage_trainer import StopAt
@@ -64,13 +64,19 @@ def test_a_judge_that_is_down_stops_the_run_with_the_reason(tmp_path):
             trainer.train()
 
 
-def test_a_spent_budget_ends_the_run_and_a_resumed_one_keeps_it_spent(tmp_path):
+def test_a_spent_budget_ends_the_run_and_a_resumed_one_keeps_it_spent(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 9}
     with endpoint() as server:
-        first, _ = trainer_of(tmp_path, judge(server.url), [StopAt(1)], **saving)
+        with_key = judge(server.url, api_key_env="JUDGE_KEY", cache_dir=tmp_path / "cache")
+        first, _ = trainer_of(tmp_path, with_key, [StopAt(1)], **saving)
         first.train()
         used = len(server.asked)
         assert used > 2
+        assert server.asked[0].authorization == f"Bearer {KEY}"
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert any(path.name.startswith("state-reward_0") for path in written)
+        assert not any(KEY.encode() in path.read_bytes() for path in written)
         again = judge(server.url, max_requests=used)
         resumed, _ = trainer_of(tmp_path, again, **saving)
         with pytest.raises(RewardStop, match=f"{used} of max_requests={used} used"):
