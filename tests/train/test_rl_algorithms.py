@@ -85,7 +85,7 @@ class BestOfGroup:
 
 @dataclasses.dataclass(frozen=True)
 class CloneTheBest:
-    """An algorithm of one's own, as docs/training.md shows it."""
+    """An algorithm of one's own, with an estimator of its own."""
 
     name: str = "clone_the_best"
     defaults: Defaults = dataclasses.field(default_factory=Defaults)
