@@ -348,7 +348,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", help="names; default all")
     parser.add_argument("--label", default="", help="name of the machine")
     args = parser.parse_args()
