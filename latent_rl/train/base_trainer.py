@@ -181,6 +181,14 @@ class BaseTrainer(WatchedTrainer):
                 old[-1],
             )
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run resumed from its last checkpoint has nothing left to do; the parent would make one
+        # update too many before it looks.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averaged metrics of the training steps since the last call."""
         if "loss" in logs:

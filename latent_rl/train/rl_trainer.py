@@ -107,6 +107,7 @@ class LatentGRPOTrainer(BaseTrainer):
         )
         self.meter = SpendingMeter()
         self.add_callback(self.meter)
+        self.stateful.add("spending", self.meter, per_rank=True)
         self.worker = RolloutWorker(
             args, self.rewards.functions, processing_class, prompt_renderer or _default_renderer()
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,13 @@ def spending_of(history: Sequence[Mapping[str, Any]]) -> Spending:
 class SpendingMeter(TrainerCallback):
     """Times a trainer's rollouts and updates and counts what they make.
 
-    A resumed run goes on from the totals of its last log.
+    A resumed run goes on from what a checkpoint holds of the meter (a stateful part), or, where the
+    trainer keeps none, from the totals of its last log.
     """
 
     def __init__(self) -> None:
         self._peak = _PeakMemory()
+        self._loaded = False
         self._restart(Spending())
 
     def _restart(self, before: Spending) -> None:
@@ -73,6 +75,25 @@ class SpendingMeter(TrainerCallback):
         self._since_log = [0.0, 0.0]
         self._rollouts = 0
         self._before = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this process's counts and times, and the totals they add to."""
+        return {
+            "seconds": self._seconds,
+            "counts": self._counts,
+            "since_log": self._since_log,
+            "rollouts": self._rollouts,
+            "before": asdict(self._before),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Go on from a state."""
+        self._restart(Spending(**state_dict["before"]))
+        self._seconds = list(state_dict["seconds"])
+        self._counts = list(state_dict["counts"])
+        self._since_log = list(state_dict["since_log"])
+        self._rollouts = int(state_dict["rollouts"])
+        self._loaded = True
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
@@ -131,7 +152,9 @@ class SpendingMeter(TrainerCallback):
     ) -> None:
         """Start from zero, or from the totals of the run that is continued."""
         continued = any(f"{PREFIX}completions" in entry for entry in state.log_history)
-        self._restart(spending_of(state.log_history) if continued else Spending())
+        if not self._loaded:
+            self._restart(spending_of(state.log_history) if continued else Spending())
+        self._loaded = False
         self._peak.reset(args.device)
 
     def _add(self, rollout: float, update: float) -> None:

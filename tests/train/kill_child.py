@@ -65,6 +65,7 @@ def rl(out: Path, save_steps: int) -> LatentGRPOTrainer:
         num_generations=4,
         max_completion_length=4,
         learning_rate=1e-2,
+        lr_scheduler_type="constant",  # an update too many would show
         loss_type="dapo",
         max_resample_rounds=1,
         top_k=6,

@@ -78,7 +78,7 @@ POINTS = {
     "rotation-before": (f"{TRAINER}:rotate", 3, "before"),
     "rotation-of-a-mark": ("latent_rl.train.checkpointing:shutil.rmtree", 1, "before"),
     "rotation-half": ("os:unlink", 5, "after"),
-    "after-the-last-step": (f"{TRAINER}:rotate", 4, "after"),
+    "after-the-last-step": (f"{TRAINER}:rotate", 5, "after"),
 }
 
 
