@@ -201,7 +201,7 @@ ESTIMATORS = [
 ]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
 def test_dropped_completions_get_nothing_and_influence_nothing(estimator):
     rollout = random_rollout(2)
     dropped = ~rollout.keep_mask
