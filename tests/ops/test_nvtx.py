@@ -44,7 +44,7 @@ x = torch.randn(6, 4, requires_grad=True)
 codebook = torch.randn(5, 4, requires_grad=True)
 logits = torch.randn(6, 5, requires_grad=True)
 codes = torch.tensor([0, 1, 2, 3, 4, 0])
-cached = torch.randn(2, 5, 2, 8)
+cached = torch.randn(10, 2, 8)
 weights = [torch.randn(3, 8, requires_grad=True) for _ in range(2)]
 weights.append(torch.randn(4, 3, requires_grad=True))
 
@@ -56,7 +56,7 @@ calls = {
     "sample_codes": lambda: ops.sample_codes(logits, seed=0),
     "code_logprobs": lambda: gradients(*ops.code_logprobs(logits, codes)),
     "slot_attention": lambda: ops.slot_attention(
-        torch.randn(2, 4, 8), cached, cached, torch.tensor([0, 1]), torch.tensor([3, 5])
+        torch.randn(2, 4, 8), cached, cached, torch.tensor([[0, 3, 0, 2, 4]] * 2), longest=4
     ),
 }
 found = {"calls": {name: logged(call) for name, call in calls.items()}}
