@@ -336,6 +336,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_codes", &sample_codes);
 #ifdef LATENT_RL_HAS_CUDA
   bind_sample_codes_cuda(m);
+  bind_sample_tokens_cuda(m);
   bind_segments_cuda(m);
   bind_quantize_cuda(m);
   bind_gumbel_quantize_cuda(m);

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 has_cuda: bool
 QUANTIZE_BLOCKS: int
+TOKEN_PART_BYTES: int
 
 def select_isa(name: str) -> None: ...
 def isa() -> str: ...
@@ -170,6 +171,20 @@ def sample_codes_cuda(
     entropy: int,
     rows: int,
     num_codes: int,
+    row_stride: int,
+    stream: int,
+    /,
+) -> None: ...
+def sample_tokens_workspace(rows: int, num_tokens: int, /) -> int: ...
+def sample_tokens_cuda(
+    dtype: int,
+    logits: int,
+    seeds: int,
+    offsets: int,
+    tokens: int,
+    parts: int,
+    rows: int,
+    num_tokens: int,
     row_stride: int,
     stream: int,
     /,

@@ -174,6 +174,11 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         _reference("gated_merge"),
     ),
     "sample_codes": (_cuda("sample_codes"), _native("sample_codes"), _reference("sample_codes")),
+    "sample_tokens": (
+        _cuda("sample_tokens"),
+        _native("sample_tokens"),
+        _reference("sample_tokens"),
+    ),
     "code_logprobs": (
         _cuda("code_logprobs", "code_logprobs_cuda"),
         _native("code_logprobs"),

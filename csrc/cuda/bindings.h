@@ -6,6 +6,7 @@
 namespace latent_rl {
 
 void bind_sample_codes_cuda(pybind11::module_& m);
+void bind_sample_tokens_cuda(pybind11::module_& m);
 void bind_segments_cuda(pybind11::module_& m);
 void bind_quantize_cuda(pybind11::module_& m);
 void bind_gumbel_quantize_cuda(pybind11::module_& m);

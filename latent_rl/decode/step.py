@@ -187,7 +187,7 @@ class Step:
         if policy_logits is not None:
             codes = self._choose(policy_logits, at)
             state = self._model.merge(state, codes, tables=self._tables).to(dtype)
-        tokens = self._speak(self._model.lm_logits(state), at)
+        tokens = self._speak(self._model.lm_scores(state), at)
         said.ids[at, 0] = tokens
         rows.tokens[at] = torch.where(active, tokens, rows.tokens[at])
         steps += active
@@ -219,16 +219,17 @@ class Step:
         return codes
 
     def _speak(self, scores: Tensor, at: slice) -> Tensor:
-        """The next token int64 [n] from float32 scores [n, V]."""
+        """The next token int64 [n] from scores [n, V] in the trunk's dtype, which it may overwrite.
+
+        One pass over the scores: a vocabulary's are by far the largest thing a step writes.
+        """
         rows, settings = self._rows, self._settings
         if settings.suppress_tokens:
-            scores = scores.index_fill(1, self._banned, -torch.inf)
+            scores.index_fill_(1, self._banned, -torch.inf)
         if settings.min_new_tokens > 0 and settings.eos_token_ids:
             early = rows.steps[at] < settings.min_new_tokens
             ends = scores[:, self._eos].masked_fill(early[:, None], -torch.inf)
-            scores = scores.index_copy(1, self._eos, ends)
+            scores.index_copy_(1, self._eos, ends)
         if not settings.do_sample_tokens:
             return scores.argmax(-1)
-        return ops.sample_codes(
-            scores, seed=rows.seeds[at] ^ TOKEN_STREAM, offset=rows.steps[at]
-        ).codes
+        return ops.sample_tokens(scores, seed=rows.seeds[at] ^ TOKEN_STREAM, offset=rows.steps[at])

@@ -163,9 +163,15 @@ class VocabularyHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., H] -> float32 [..., V]."""
+        return self.scores(hidden).float()
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V], the same values; float32 only where a cap or a scale needs it."""
         embeddings = self._embeddings()
-        logits = embeddings(hidden.to(embeddings.weight.dtype)).float()
-        return _shape_logits(logits, self._scale, self._cap)
+        logits: Tensor = embeddings(hidden.to(embeddings.weight.dtype))
+        if self._scale == 1.0 and self._cap is None:
+            return logits
+        return _shape_logits(logits.float(), self._scale, self._cap)
 
     @torch.no_grad()
     def _measure(

@@ -229,7 +229,7 @@ class SeededTokens(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] with -inf everywhere but at the drawn token."""
         step = input_ids.shape[1] - self._prompt_length
-        tokens = ops.sample_codes(scores.float(), seed=self._seeds, offset=step).codes
+        tokens = ops.sample_tokens(scores, seed=self._seeds, offset=step)
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, tokens[:, None], 0.0)
 

@@ -305,6 +305,13 @@ class LatentActionModel(nn.Module):
         """Float32 [..., V]: what the backbone computes from a state, capping and scaling too."""
         return self._head(merged)
 
+    def lm_scores(self, merged: Tensor) -> Tensor:
+        """[..., V], the values of :meth:`lm_logits` in whichever dtype holds them exactly.
+
+        For who only ranks or draws tokens: no float32 copy of a vocabulary. The caller owns it.
+        """
+        return self._head.scores(merged)
+
     def forward(self, inputs: Mapping[str, Tensor], codes: Tensor | None = None) -> Any:
         """The backbone's output for whole sequences under codes.
 

@@ -6,6 +6,7 @@ from latent_rl.ops.gumbel_quantize import GumbelQuantizeOutput, gumbel_quantize
 from latent_rl.ops.nearest_code import nearest_code
 from latent_rl.ops.quantize import QuantizeOutput, quantize
 from latent_rl.ops.sample_codes import SampleCodesOutput, sample_codes
+from latent_rl.ops.sample_tokens import sample_tokens
 from latent_rl.ops.seeds import row_seeds
 from latent_rl.ops.slot_attention import slot_attention
 
@@ -23,5 +24,6 @@ __all__ = [
     "quantize",
     "row_seeds",
     "sample_codes",
+    "sample_tokens",
     "slot_attention",
 ]

@@ -107,7 +107,7 @@ def sample_codes(
         raise ValueError(f"{OP}: min_p must lie in [0, 1], got {min_p}")
     rows, device = logits.shape[0], logits.device
     seeds = row_seeds(seed, rows, device)
-    offsets = _offsets(offset, rows, device)
+    offsets = offsets_of(OP, offset, rows, device)
     return SampleCodesOutput(
         *torch.ops.latent_rl.sample_codes(
             logits.detach(), float(temperature), top_k, float(top_p), float(min_p), seeds, offsets
@@ -115,12 +115,13 @@ def sample_codes(
     )
 
 
-def _offsets(offset: int | Tensor, rows: int, device: torch.device) -> Tensor:
+def offsets_of(op: str, offset: int | Tensor, rows: int, device: torch.device) -> Tensor:
+    """int64 [B] on ``device`` from an int, an int64 scalar or [B]; errors name ``op``."""
     if not isinstance(offset, Tensor):
         return torch.full((rows,), offset, dtype=torch.int64, device=device)
     if offset.dtype != torch.int64:
-        raise TypeError(f"{OP}: offset must be int64, got {offset.dtype}")
+        raise TypeError(f"{op}: offset must be int64, got {offset.dtype}")
     if offset.ndim == 0:
         return offset.to(device).expand(rows)
-    _checks.check_shape(OP, "offset", offset, (rows,))
+    _checks.check_shape(op, "offset", offset, (rows,))
     return offset.to(device)

@@ -23,6 +23,7 @@ TINY = {
     "gumbel_quantize": {"N": 37, "K": 5, "D": 8},
     "gated_merge": {"N": 9, "H": 8, "I": 12, "K": 5},
     "sample_codes": {"B": 7, "K": 50},
+    "sample_tokens": {"B": 7, "V": 50},
     "code_logprobs": {"N": 11, "K": 9},
     "slot_attention": {"B": 4, "G": 2, "L": 11, "Hq": 4, "Hk": 2, "D": 8},
 }

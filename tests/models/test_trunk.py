@@ -75,6 +75,18 @@ SMALL = {
 }
 
 
+def test_scores_are_the_logits_in_a_dtype_that_holds_them(case: Case) -> None:
+    head = VocabularyHead(copy.deepcopy(case.model.backbone).to(torch.bfloat16))
+    width = case.model.config.get_text_config().hidden_size
+    state = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        scores, logits = head.scores(state), head(state)
+    plain = head._scale == 1.0 and head._cap is None
+    assert scores.dtype == (torch.bfloat16 if plain else torch.float32)
+    assert logits.dtype == torch.float32
+    assert torch.equal(scores.float(), logits)
+
+
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [

@@ -78,6 +78,13 @@ MUTATIONS = (
         (f"{_EMULATED}sample_codes_emulated.py",),
     ),
     Mutation(
+        "sample_tokens cuda: float32 decides what float64 should",
+        "kernels/sample_tokens/cuda_impl.cu",
+        "top - 2.0f * slack_of(top)",
+        "top",
+        (f"{_EMULATED}sample_tokens_emulated.py",),
+    ),
+    Mutation(
         "segments cuda: rows without a code count for code 0",
         "kernels/segments/cuda_impl.cu",
         "code < sort.num_codes ? code : sort.num_codes);",

@@ -54,6 +54,7 @@ calls = {
     "gumbel_quantize": lambda: gradients(*ops.gumbel_quantize(logits, codebook, seed=0)),
     "gated_merge": lambda: gradients(ops.gated_merge(x, codes, codebook, *weights)),
     "sample_codes": lambda: ops.sample_codes(logits, seed=0),
+    "sample_tokens": lambda: ops.sample_tokens(logits, seed=0),
     "code_logprobs": lambda: gradients(*ops.code_logprobs(logits, codes)),
     "slot_attention": lambda: ops.slot_attention(
         torch.randn(2, 4, 8), cached, cached, torch.tensor([[0, 3, 0, 2, 4]] * 2), longest=4
@@ -94,7 +95,7 @@ def found() -> dict:
 def test_an_op_pushes_its_name_and_pops_it(op: str, found: dict) -> None:
     ranges = found["calls"][op]
     assert all(name.startswith(f"latent_rl::{op}") for name in ranges["pushed"])
-    differentiable = op not in ("nearest_code", "sample_codes", "slot_attention")
+    differentiable = op not in ("nearest_code", "sample_codes", "sample_tokens", "slot_attention")
     assert any(name.endswith("_backward") for name in ranges["pushed"]) == differentiable
     assert not ranges["pushed"][0].endswith("_backward")
     assert ranges["left_open"] == []
