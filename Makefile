@@ -80,8 +80,9 @@ demo-test: $(VENV)/dev.stamp
 	rm -rf build/demo-test
 	$(BIN)/latent-rl demo --task both --scale 0.02 --out build/demo-test --no-resume
 
+# Most of the time is Triton compiling; what takes many gigabytes stays in one process.
 gpu-test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m gpu tests/gpu $(PYTEST_ARGS)
 
 # The peers that run on a CPU; those of a GPU come with the extra bench-cuda.
 $(VENV)/bench.stamp: $(VENV)/dev.stamp

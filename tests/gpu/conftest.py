@@ -1,10 +1,24 @@
 """What the tests on real hardware share: every device, and a graph captured and replayed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of many gigabytes run one after another, whatever the number of workers."""
+    for item in items:
+        if "offsets" in item.name:
+            item.add_marker(pytest.mark.xdist_group("memory"))
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "offsets" in request.node.name:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)
