@@ -18,7 +18,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(NATIVE) $(VENV)/
 
 EMULATOR := $(shell find tests/emulator -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
-.PHONY: FORCE help setup demo test check-style types lint unit demo-test gpu-test mutate bench clean
+.PHONY: FORCE help setup demo test check-style types lint unit demo-test gpu-test sanitize mutate bench clean
 
 help:
 	@echo "make demo      set up and run the whole method on real images, with a table and a report"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench     time the ops against their peers (BENCH_ARGS=...)"
 	@echo "make lint      style and types"
 	@echo "make gpu-test  the tests that need a CUDA device"
+	@echo "make sanitize  compute-sanitizer over every kernel (SANITIZE_ARGS=...)"
 	@echo "make mutate    break every kernel in one place and see a test turn red (MUTATE=word)"
 	@echo "make setup     the development environment in $(VENV)"
 	@echo "make clean     remove builds, caches and $(VENV)"
@@ -83,6 +84,9 @@ demo-test: $(VENV)/dev.stamp
 # Most of the time is Triton compiling; what takes many gigabytes stays in one process.
 gpu-test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m gpu tests/gpu $(PYTEST_ARGS)
+
+sanitize: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.sanitize $(SANITIZE_ARGS)
 
 # The peers that run on a CPU; those of a GPU come with the extra bench-cuda.
 $(VENV)/bench.stamp: $(VENV)/dev.stamp

@@ -210,6 +210,14 @@ def _sample_raw(t: Mapping[str, Tensor]) -> list[tuple[Any, tuple[Any, ...]]]:
     return [(_RAW.sample_codes.default, (t["logits"], *options, t["seeds"], t["offsets"]))]
 
 
+def _sample_token(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return (ops.sample_tokens(t["logits"], seed=t["seeds"], offset=t["offsets"]),)
+
+
+def _sample_token_raw(t: Mapping[str, Tensor]) -> list[tuple[Any, tuple[Any, ...]]]:
+    return [(_RAW.sample_tokens.default, (t["logits"], t["seeds"], t["offsets"]))]
+
+
 def _scored(rows: int, sizes: Mapping[str, int], generator: torch.Generator) -> Inputs:
     return {
         "logits": _normal(generator, rows, sizes["K"], scale=2.0),
@@ -284,6 +292,8 @@ EVERY_OP = (
            exact=False, cuda_rows=("cuda", "triton")),
     OpCase("sample_codes", "sample_codes", _policy, _sample, _sample_raw,
            rows=("logits", "seeds", "offsets"), row_outputs=(0, 1, 2, 3)),
+    OpCase("sample_tokens", "sample_tokens", _policy, _sample_token, _sample_token_raw,
+           rows=("logits", "seeds", "offsets"), row_outputs=(0,)),
     OpCase("code_logprobs", "code_logprobs", _scored, _logprobs, _logprobs_raw,
            rows=("logits", "codes", "ref"), row_outputs=(0, 1, 2), leaves=("logits",)),
     OpCase("slot_attention", "slot_attention", _slots, _attend, _attend_raw,

@@ -140,7 +140,7 @@ def poison(case: OpCase, device: torch.device, dtype: torch.dtype) -> None:
     clean = with_gradients(case, t)
     bad = torch.tensor([3, 17, 39], device=device)
     good = torch.ones(40, dtype=torch.bool, device=device).index_fill(0, bad, False)
-    for given in _broken(case, t, bad):
+    for given in poisoned_inputs(case, t, bad):
         results = with_gradients(case, given)
         for index in case.row_outputs:
             out = results[index]
@@ -155,7 +155,7 @@ def poison(case: OpCase, device: torch.device, dtype: torch.dtype) -> None:
                 assert grad[bad].eq(0).all(), name
 
 
-def _broken(case: OpCase, t: Inputs, bad: Tensor) -> Iterator[Inputs]:
+def poisoned_inputs(case: OpCase, t: Inputs, bad: Tensor) -> Iterator[Inputs]:
     """The inputs with some rows broken, in every way that breaks the op."""
     if case.op == "gated_merge":
         yield {**t, "codes": t["codes"].index_fill(0, bad, -1)}
@@ -164,7 +164,7 @@ def _broken(case: OpCase, t: Inputs, bad: Tensor) -> Iterator[Inputs]:
     # An infinite query may still attend to something.
     for value in (torch.nan,) if case.op == "slot_attention" else (torch.nan, torch.inf):
         broken = t[first].clone()
-        broken.flatten(1)[bad, 5] = value
+        broken.flatten(1)[bad, min(5, broken[0].numel() - 1)] = value
         yield {**t, first: broken}
 
 

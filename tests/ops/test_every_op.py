@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from latent_rl import backends
 from tests.ops import every_op_checks as checks
 from tests.ops.every_op import EVERY_OP
 
@@ -36,6 +37,10 @@ class Replayed:
 def called_again(call: Callable[[], Any]) -> tuple[Replayed, Any]:
     results = [t.clone() for t in call()]
     return Replayed(call, results), results
+
+
+def test_every_op_is_here() -> None:
+    assert {case.op for case in EVERY_OP} == set(backends.OPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
