@@ -35,6 +35,9 @@ class PaperLoop:
         finished = [False] * rows
         said: list[Tensor] = []
         given: dict[str, Tensor] = dict(inputs)
+        if "image_grid_thw" not in inputs:
+            # Of text alone the model would count positions from what an earlier prompt left it.
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         for _ in range(steps):
             states: list[Tensor] = []
             positions: list[Tensor] = []

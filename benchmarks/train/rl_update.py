@@ -134,7 +134,7 @@ class Bench:
     def _completions(self) -> tuple[Tensor, Tensor]:
         """Token ids and mask [B, T] of the rollout."""
         mask = self.replay.codes >= 0
-        ids = torch.zeros(mask.shape, dtype=torch.int64)
+        ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
         for row, said in zip(ids, self.reward.said, strict=True):
             row[: len(said)] = torch.tensor(said)
         return ids, mask
@@ -207,8 +207,8 @@ class Bench:
         trainer.model.train()
         for step in range(steps):
             inputs = self._token_inputs(step)
-            loss = trainer._compute_loss(trainer.model, inputs) / steps
-            loss.backward()
+            # It divides by the number of micro-steps itself.
+            trainer._compute_loss(trainer.model, inputs).backward()
         trainer._metrics["train"].clear()
         return _finish(self.token_optimizer, trainer.model)
 
