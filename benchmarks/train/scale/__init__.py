@@ -1,0 +1,1 @@
+"""Decoding, RL and the stages at the shapes of a real model."""
