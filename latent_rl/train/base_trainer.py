@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from latent_rl.train.agreement import on_all
 from latent_rl.train.checkpoint_files import naming
 from latent_rl.train.checkpointing import (
     checkpoints,
@@ -206,6 +207,9 @@ class BaseTrainer(WatchedTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
+        # The parent may send every process here; they would write the same files at once.
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or self.output_dir)
         save_model(self.latent_model, directory)
         if self.processing_class is not None:
@@ -216,16 +220,27 @@ class BaseTrainer(WatchedTrainer):
         directory = run_dir / f"checkpoint-{self.state.global_step}"
         main = self.args.should_save
         mark = {"format": FORMAT, "global_step": self.state.global_step}
+        self._on_all(lambda: set_aside(directory) if main else None, f"make room for {directory}")
+        try:
+            self._on_all(
+                lambda: self._write_checkpoint(model, trial, directory), f"write {directory}"
+            )
+            self._on_all(
+                lambda: mark_complete(directory, mark) if main else None, f"complete {directory}"
+            )
+        except Exception as failure:  # tokenizers and torch raise no OSError for a full disk
+            self._undo_checkpoint(directory, failure)
+            raise  # not a matter of the disk
+        self._on_all(
+            lambda: drop_aside(directory) if main else None, f"remove what {directory} replaces"
+        )
         if main:
-            set_aside(directory)
-        self.accelerator.wait_for_everyone()
-        self._all_or_none(directory, lambda: self._write_checkpoint(model, trial, directory))
-        self._all_or_none(directory, lambda: mark_complete(directory, mark) if main else None)
-        if main:
-            drop_aside(directory)
             best = self.state.best_model_checkpoint
             keep = [directory] if best is None else [directory, Path(best)]
             rotate(run_dir, self.args.save_total_limit, keep)
+
+    def _on_all(self, work: Callable[[], None], what: str) -> None:
+        on_all(self.accelerator, work, what)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, directory: Path) -> None:
         # The parent would rotate before this checkpoint is complete.
@@ -239,32 +254,45 @@ class BaseTrainer(WatchedTrainer):
                 directory, rank=self.args.process_index, world_size=self.args.world_size
             )
 
-    def _all_or_none(self, directory: Path, write: Callable[[], None]) -> None:
-        """Call `write` on every process; if it fails on any, undo the checkpoint on all."""
-        failure: Exception | None = None
-        try:
-            write()
-        except Exception as error:  # noqa: BLE001  tokenizers and torch raise no OSError for a full disk
-            failure = error
-        failed = torch.tensor([float(failure is not None)], device=self.args.device)
-        if not self.accelerator.gather(failed).any():
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; within a checkpoint, what fails on one process fails on all.
+
+        With a best model to keep the parent has every process wait for the weights before it goes
+        on: a process that could not write them would never get there.
+        """
+        if not _internal_call:
+            super().save_model(output_dir)
             return
+        self._on_all(
+            lambda: super(BaseTrainer, self).save_model(output_dir, _internal_call=True),
+            f"write the model to {output_dir or self.output_dir}",
+        )
+
+    def _undo_checkpoint(self, directory: Path, failure: Exception) -> None:
+        """Remove an unfinished checkpoint, put back what it replaces and raise what that means for
+        the run; return where the failure is a defect, which says enough itself."""
         problem = write_error(directory, failure)
         clear_frames(failure)
+        # Every process has looked at what is there before one removes it.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             put_back(directory)
-        if isinstance(failure, (TypeError, ValueError, KeyError, AttributeError)):
-            raise failure  # not a matter of the disk
-        raise problem from failure
+        if not isinstance(failure, (TypeError, ValueError, KeyError, AttributeError)):
+            raise problem from failure
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         directory = Path(resume_from_checkpoint)
-        with naming(directory / TRAINER_STATE_NAME):
-            TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
-        load_model(self.latent_model, directory)
-        self.stateful.load(directory, rank=self.args.process_index, world_size=self.args.world_size)
+
+        def load() -> None:
+            with naming(directory / TRAINER_STATE_NAME):
+                TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
+            load_model(self.latent_model, directory)
+            rank, world_size = self.args.process_index, self.args.world_size
+            self.stateful.load(directory, rank=rank, world_size=world_size)
+
+        self._on_all(load, f"resume from {directory}")
 
     # What the Trainer reads itself names no file when it fails.
 
@@ -281,5 +309,6 @@ class BaseTrainer(WatchedTrainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            load_model(self.latent_model, Path(self.state.best_model_checkpoint))
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self._on_all(lambda: load_model(self.latent_model, Path(best)), f"load {best}")

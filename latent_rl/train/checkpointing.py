@@ -218,18 +218,17 @@ class CheckpointWriteError(OSError):
     the trainer's model is as it was."""
 
 
-def write_error(directory: Path, cause: Exception | None) -> CheckpointWriteError:
+def write_error(directory: Path, cause: Exception) -> CheckpointWriteError:
     """Return the error to raise for a checkpoint that could not be written, before `put_back`."""
     usage = shutil.disk_usage(directory.parent)
     last = next(
         (path for path in reversed(checkpoints(directory.parent)) if is_complete(path)), None
     )
-    reason = "another process failed to write its part" if cause is None else str(cause)
     last_one = "there is no complete checkpoint"
     if last is not None:
         last_one = f"the last complete one is {last} ({_size(last)} bytes)"
     return CheckpointWriteError(
-        f"{directory} could not be written: {reason}. {_size(directory)} bytes of it were there, "
+        f"{directory} could not be written: {cause}. {_size(directory)} bytes of it were there, "
         f"{usage.free} of {usage.total} bytes are free on its disk; {last_one}. Training stops; "
         "make room and resume with resume_from_checkpoint=True"
     )

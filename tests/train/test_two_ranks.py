@@ -50,6 +50,12 @@ def test_a_run_whose_rank_was_killed_in_a_checkpoint_resumes_exactly(tmp_path):
     assert "checkpoint-3 is no complete checkpoint and is passed over" in done.stderr
 
 
+@pytest.mark.slow
+def test_what_fails_on_one_rank_is_raised_on_both(tmp_path):
+    done = launch("tests.train.two_ranks_failing", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 class Wrapper(nn.Module):
     """Stands in for DistributedDataParallel: work happens around the inner forward."""
 
