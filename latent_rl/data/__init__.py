@@ -1,6 +1,11 @@
 """Data: the formats of the benchmarks, and collators that label responses alone."""
 
-from latent_rl.data.collators import ConversationCollator, PairedViewCollator, render_prompts
+from latent_rl.data.collators import (
+    ConversationCollator,
+    PairedViewCollator,
+    check_processor,
+    render_prompts,
+)
 from latent_rl.data.formats import (
     load_mmrole,
     load_paper_json,
@@ -15,6 +20,7 @@ __all__ = [
     "IGNORE_INDEX",
     "ConversationCollator",
     "PairedViewCollator",
+    "check_processor",
     "conversation_of",
     "encode_conversation",
     "encode_prompt",

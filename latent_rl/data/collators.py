@@ -18,7 +18,7 @@ from latent_rl.data.render import (
 )
 from latent_rl.data.rows import Row, conversation_of
 
-__all__ = ["ConversationCollator", "PairedViewCollator", "render_prompts"]
+__all__ = ["ConversationCollator", "PairedViewCollator", "check_processor", "render_prompts"]
 
 
 class ConversationCollator:
@@ -31,9 +31,9 @@ class ConversationCollator:
         """``max_length`` cuts long rows at the end; a row whose image tokens would be cut raises.
 
         Raises:
-            ValueError: when the processor has no chat template or no pad token.
+            TypeError, ValueError: for a processor that cannot serve, see :func:`check_processor`.
         """
-        _check_processor(processor)
+        check_processor(processor)
         self.processor = processor
         self.max_length = max_length
 
@@ -97,25 +97,43 @@ class PairedViewCollator(ConversationCollator):
         return batch
 
 
-def render_prompts(processor: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
+def render_prompts(
+    processor: Any, rows: Sequence[Row], *, template_options: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Left-padded model inputs of RL rows, ready for ``generate``.
 
     A row that stands there several times (the same object) is encoded once.
 
+    template_options: further arguments of the chat template; a row's ``chat_template_kwargs`` come
+    on top.
+
     Raises:
+        TypeError, ValueError: for a processor that cannot serve, see :func:`check_processor`.
         ValueError: naming the row that cannot be rendered.
     """
-    _check_processor(processor)
+    check_processor(processor)
     known: dict[int, Encoded] = {}
     for i, row in enumerate(rows):
         if id(row) not in known:
-            known[id(row)] = encode_prompt(processor, row, f"row {i}")
+            known[id(row)] = encode_prompt(processor, row, f"row {i}", template_options)
     encoded = [known[id(row)] for row in rows]
     inputs: dict[str, Tensor] = _batch(processor, encoded, left=True)["inputs"]
     return inputs
 
 
-def _check_processor(processor: Any) -> None:
+def check_processor(processor: Any) -> None:
+    """Check that a processor reads images and chats.
+
+    Raises:
+        TypeError: for a tokenizer, or anything else without one inside.
+        ValueError: without a chat template or a pad token.
+    """
+    if getattr(processor, "tokenizer", None) is None:
+        raise TypeError(
+            "processor: expected the model's processor of text and images "
+            f"(AutoProcessor.from_pretrained), got {type(processor).__name__}; AutoProcessor gives "
+            "a tokenizer where the other parts cannot be loaded, as without torchvision"
+        )
     if getattr(processor, "chat_template", None) is None:
         raise ValueError("processor: needs a chat template")
     if processor.tokenizer.pad_token_id is None:

@@ -7,7 +7,7 @@ to emit, and no tokenizer can merge across the border between prompt and respons
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,17 +61,33 @@ def encode_conversation(processor: Any, row: Row, where: str = "row") -> Encoded
     return _encode(processor, _segments(processor, messages, images, where), where)
 
 
-def encode_prompt(processor: Any, row: Row, where: str = "row") -> Encoded:
-    """Encode an RL row's prompt, ending where the assistant begins to speak."""
+def encode_prompt(
+    processor: Any,
+    row: Row,
+    where: str = "row",
+    template_options: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Encode an RL row's prompt, ending where the assistant begins to speak.
+
+    template_options: further arguments of the chat template; the row's ``chat_template_kwargs``
+    come on top.
+    """
     messages, images = prompt_of(row, where)
-    text = _template(processor, messages, generation_prompt=True)
+    options = {**(template_options or {}), **(row.get("chat_template_kwargs") or {})}
+    text = _template(processor, messages, generation_prompt=True, options=options)
     loaded = tuple(load_image(image) for image in images)
     return _encode(processor, [_Segment(text, loaded, False)], where)
 
 
-def _template(processor: Any, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+def _template(
+    processor: Any,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool,
+    options: Mapping[str, Any] | None = None,
+) -> str:
     text: str = processor.apply_chat_template(
-        list(messages), add_generation_prompt=generation_prompt, tokenize=False
+        list(messages), add_generation_prompt=generation_prompt, tokenize=False, **(options or {})
     )
     return text
 

@@ -167,14 +167,19 @@ def read_config(directory: str | Path) -> tuple[LatentConfig, dict[str, Any]]:
 
 
 def load(
-    cls: type[LatentActionModel], directory: str | Path, backbone: nn.Module | None
+    cls: type[LatentActionModel],
+    directory: str | Path,
+    backbone: nn.Module | None,
+    backbone_options: Mapping[str, Any] | None = None,
 ) -> LatentActionModel:
     """See ``LatentActionModel.from_pretrained``."""
     source = Path(directory)
     config, record = read_config(source)
     tensors = _read_weights(source / WEIGHTS_NAME, config)
     if backbone is None:
-        backbone = _load_backbone(source, record)
+        backbone = _load_backbone(source, record, backbone_options or {})
+    elif backbone_options:
+        raise ValueError("from_pretrained: backbone_options are for loading a backbone, got both")
     _check_base(cast(Any, backbone).config, record, source)
     model = cls(backbone, config)
     install_weights(model, tensors, str(source / WEIGHTS_NAME))
@@ -253,7 +258,9 @@ def _check_base(config: Any, record: Mapping[str, Any], source: Path) -> None:
             )
 
 
-def _load_backbone(source: Path, record: Mapping[str, Any]) -> nn.Module:
+def _load_backbone(
+    source: Path, record: Mapping[str, Any], options: Mapping[str, Any]
+) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
     base = record.get("base_model") or {}
@@ -262,4 +269,7 @@ def _load_backbone(source: Path, record: Mapping[str, Any]) -> nn.Module:
         raise ValueError(
             f"checkpoint: {source} names no base model; give from_pretrained a backbone"
         )
-    return cast(nn.Module, AutoModelForImageTextToText.from_pretrained(name, dtype="auto"))
+    if options.get("trust_remote_code"):
+        raise ValueError("from_pretrained: trust_remote_code is never allowed, got True")
+    loaded = AutoModelForImageTextToText.from_pretrained(name, **{"dtype": "auto", **options})
+    return cast(nn.Module, loaded)

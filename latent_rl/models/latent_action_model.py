@@ -423,12 +423,22 @@ class LatentActionModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, backbone: nn.Module | None = None
+        cls,
+        directory: str | Path,
+        backbone: nn.Module | None = None,
+        *,
+        backbone_options: Mapping[str, Any] | None = None,
     ) -> LatentActionModel:
         """Load a checkpoint; without ``backbone`` the one it names or contains is loaded.
+
+        Args:
+            directory: what :meth:`save_pretrained` wrote.
+            backbone: the base model, loaded already.
+            backbone_options: for loading it (``dtype``, ``device_map``, ``attn_implementation``);
+                the dtype is the saved one's by default.
 
         Raises:
             FileNotFoundError: when a file is missing.
             ValueError: when the files are corrupt or do not fit; nothing is half-loaded.
         """
-        return checkpoint.load(cls, directory, backbone)
+        return checkpoint.load(cls, directory, backbone, backbone_options)

@@ -124,7 +124,8 @@ def score_all(
         ValueError: no function; weights, column lengths or a number of returned values that do not
             match.
         RewardStop: as raised by a function.
-        TypeError: a function returned something that is neither a number, None nor an exception.
+        TypeError: a function that cannot be called with these columns, or that returned something
+            that is neither a number, None nor an exception.
     """
     if not functions:
         raise ValueError("score_all: needs at least one reward function, got none")
@@ -152,6 +153,8 @@ def score_all(
         **(extra or {}),
     }
     names = _unique([reward_name(function) for function in functions])
+    for name, function in zip(names, functions, strict=True):
+        _check_signature(name, function, arguments)
     outputs = _run(_call_all(functions, arguments))
     columns_of_values, lost_rows, errors = [], [], []
     failures: list[RewardFailure] = []
@@ -177,6 +180,21 @@ def score_all(
         errors=tuple(errors),
         failures=tuple(failures),
     )
+
+
+def _check_signature(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> None:
+    """Refuse a function whose call would fail before its first line: that is no failed reward."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without one; calling it will tell
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"reward {name} cannot be called: {error}; it is given {', '.join(sorted(arguments))}, "
+            "each of which it must name or take by **columns"
+        ) from None
 
 
 def _combine(

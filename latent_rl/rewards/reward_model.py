@@ -180,6 +180,7 @@ def resolve_rewards(
     device              where models go; None leaves them
 
     Raises:
+        TypeError: for what is no reward.
         ValueError: another number of processing classes than rewards, or no reward.
     """
     given = _as_list(reward_funcs)
@@ -198,6 +199,11 @@ def resolve_rewards(
             function = RewardModel.from_pretrained(reward, processing_class)
         elif isinstance(reward, nn.Module):
             function = RewardModel(reward, processing_class or _own_tokenizer(reward))
+        if not callable(function):
+            raise TypeError(
+                "reward_funcs: expected functions, models or names of models, "
+                f"got {type(reward).__name__}"
+            )
         if isinstance(function, (RewardModel, NamedRewardModel)) and device is not None:
             function.to(device)
         functions.append(cast("RewardFunction", function))

@@ -19,6 +19,12 @@ TRACKERS: Mapping[str, tuple[str, ...]] = {
     "mlflow": ("mlflow",),
 }
 
+NOT_HERE: Mapping[str, str] = {
+    "label_smoothing_factor": "losses are the stages' and the algorithms' own",
+    "neftune_noise_alpha": "the backbone's embeddings are frozen, and its states are kept",
+}
+"""Settings of `TrainingArguments` that nothing here would read."""
+
 
 @dataclass
 class BaseArguments(TrainingArguments):
@@ -34,7 +40,8 @@ class BaseArguments(TrainingArguments):
     (one wait for the device); the Trainer's own look at every micro-batch
     (`logging_nan_inf_filter`) is then switched off.
 
-    Raises ImportError if `report_to` names a package that is not installed.
+    Raises ImportError if `report_to` names a package that is not installed, and ValueError for
+    what would change nothing here (`label_smoothing_factor`, `neftune_noise_alpha`).
     """
 
     stop_on_nan: bool = True
@@ -50,6 +57,12 @@ class BaseArguments(TrainingArguments):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(
                     f"{type(self).__name__}: {name} must be a positive number or None, got {value}"
+                )
+        for name, reason in NOT_HERE.items():
+            if getattr(self, name):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is not supported ({reason}), "
+                    f"got {getattr(self, name)}"
                 )
         if self.watches_updates:
             self.logging_nan_inf_filter = False

@@ -173,7 +173,7 @@ class CompletionMaker:
                 seed=seeds,
                 do_sample_tokens=args.do_sample_tokens,
                 return_hidden=hidden,
-                generation_kwargs=args.generation_kwargs,
+                generation_kwargs=args.backbone_options(),
             )
 
         return generate

@@ -15,6 +15,7 @@ from latent_rl.train.completions_log import CompletionsLog
 from latent_rl.train.replay.memory import SPILLS, ReplayMemory
 from latent_rl.train.replay.packing import LAYOUTS, Layout
 from latent_rl.train.sampling import SampledDistribution
+from latent_rl.train.trl_settings import TRLSettings
 
 __all__ = ["DECODER_OPTIONS", "LatentGRPOConfig"]
 
@@ -22,16 +23,23 @@ DECODER_OPTIONS = ("min_new_tokens", "eos_token_id", "stop_strings", "suppress_t
 
 
 @dataclass
-class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
+class LatentGRPOConfig(AlgorithmSettings, TRLSettings, BaseArguments):
     """`BaseArguments` plus `AlgorithmSettings` plus how rollouts are made and used; names and
-    meanings as in `trl.GRPOConfig` with latent codes in the place of tokens.
+    meanings as in `trl.GRPOConfig` with latent codes in the place of tokens. What TRL has and this
+    has not (`TRLSettings`) is refused by name.
 
     num_generations_eval       the same in evaluation; None takes num_generations
     steps_per_generation       micro-batches a rollout is cut into; None takes
                                gradient_accumulation_steps
+    generation_batch_size      completions of one rollout on all processes, in the place of
+                               steps_per_generation
+    model_init_kwargs          for loading the backbone, where the trainer is given a directory
+    chat_template_kwargs       further arguments of the chat template, such as enable_thinking; a
+                               row's column of this name adds to them
     num_iterations             passes over a rollout
     temperature .. min_p       distribution of the codes, which is also the one that is scored
     do_sample_tokens           sample tokens too instead of taking the most likely one under a code
+    repetition_penalty, cache_implementation  for the backbone's own generate (use_decoder=False)
     reward_weights             one per reward function; None is all 1
     max_reward_failure_rate    share of completions on which a reward function may fail before the
                                run stops; None never stops for a rate
@@ -65,12 +73,17 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
     logging_steps: float = 10
     num_generations_eval: int | None = None
     steps_per_generation: int | None = None
+    generation_batch_size: int | None = None
     num_iterations: int = 1
+    model_init_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float | None = None
     do_sample_tokens: bool = False
+    repetition_penalty: float = 1.0
+    cache_implementation: str | None = None
     reward_weights: list[float] | None = None
     max_reward_failure_rate: float | None = 0.5
     reward_failure_window: int = 8
@@ -91,13 +104,30 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps_per_generation is None:
-            self.steps_per_generation = self.gradient_accumulation_steps
+        self.check_trl_settings()
+        self._settle_rollout_size()
         self.check_algorithm()
         self._check_sizes()
         self._check_decoding()
         self._check_replay()
         self.distribution()
+
+    def _settle_rollout_size(self) -> None:
+        """Bring steps_per_generation and generation_batch_size, of which one may be given, into
+        agreement; both stay set, so that a copy with other settings agrees too."""
+        step = self.per_device_train_batch_size * self.world_size
+        wanted = self.generation_batch_size
+        if wanted is None:
+            if self.steps_per_generation is None:
+                self.steps_per_generation = self.gradient_accumulation_steps
+        elif self.steps_per_generation is None and wanted > 0 and wanted % step == 0:
+            self.steps_per_generation = wanted // step
+        elif wanted < 1 or wanted != step * (self.steps_per_generation or 0):
+            raise ValueError(
+                f"LatentGRPOConfig: generation_batch_size must be a multiple of "
+                f"per_device_train_batch_size * processes ({step}), and that multiple is "
+                f"steps_per_generation ({self.steps_per_generation}), got {wanted}"
+            )
 
     def _check_sizes(self) -> None:
         for name in (
@@ -116,10 +146,10 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
             raise ValueError(
                 f"LatentGRPOConfig: max_reward_failure_rate must be in [0, 1] or None, got {rate}"
             )
-        if self.generation_batch_size % self.num_generations:
+        if self.rollout_size % self.num_generations:
             raise ValueError(
                 "LatentGRPOConfig: per_device_train_batch_size * steps_per_generation "
-                f"({self.generation_batch_size}) must be a multiple of num_generations "
+                f"({self.rollout_size}) must be a multiple of num_generations "
                 f"({self.num_generations}), so that a group stays on one process"
             )
 
@@ -128,6 +158,12 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
             raise ValueError(
                 f"LatentGRPOConfig: decoder_slots must be >= 1 or None, got {self.decoder_slots}"
             )
+        for name in ("repetition_penalty", "cache_implementation"):
+            if self.use_decoder and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"LatentGRPOConfig: {name} needs use_decoder=False (the decoder has none), "
+                    f"got {getattr(self, name)!r}"
+                )
         unknown = sorted(set(self.generation_kwargs or {}) - set(DECODER_OPTIONS))
         if self.use_decoder and unknown:
             raise ValueError(
@@ -169,7 +205,7 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
         return LAYOUTS[self.replay_layout]
 
     @property
-    def generation_batch_size(self) -> int:
+    def rollout_size(self) -> int:
         """Completions of one rollout on one process."""
         return self.per_device_train_batch_size * (self.steps_per_generation or 1)
 
@@ -198,6 +234,15 @@ class LatentGRPOConfig(AlgorithmSettings, BaseArguments):
             gather=gather,
             main=self.process_index == 0,
         )
+
+    def backbone_options(self) -> dict[str, Any]:
+        """What the backbone's own generate is told beside length and sampling."""
+        options = dict(self.generation_kwargs or {})
+        if self.repetition_penalty != 1.0:
+            options["repetition_penalty"] = self.repetition_penalty
+        if self.cache_implementation is not None:
+            options["cache_implementation"] = self.cache_implementation
+        return options
 
     def distribution(self) -> SampledDistribution:
         """The distribution codes are sampled from and scored under."""

@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from latent_rl import ops
+from latent_rl.data import check_processor, render_prompts
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
 from latent_rl.train.completions_log import table_writers
-from latent_rl.train.dynamic_sampling import resampled_rollout
 from latent_rl.train.experience import scored_rollout
 from latent_rl.train.forwarding import forward_through
 from latent_rl.train.freezing import freeze, set_training_modes
-from latent_rl.train.losses import Normaliser, PolicyLoss, PolicyTerms
+from latent_rl.train.losses import Normaliser
 from latent_rl.train.regularisation import Regularisation
-from latent_rl.train.replay import Replay, ReplayFeed, ReplayStates, action_outputs, held_bytes
+from latent_rl.train.replay import Replay, ReplayFeed, ReplayStates, action_outputs
 from latent_rl.train.rl_config import LatentGRPOConfig
 from latent_rl.train.rollout import PromptRenderer, Rollout, RolloutWorker
-from latent_rl.train.rollout_metrics import rollout_metrics
+from latent_rl.train.rollout_metrics import rollout_metrics, update_metrics
 from latent_rl.train.rollout_record import BatchRecord, RolloutRecord
+from latent_rl.train.rollout_sampler import RolloutSampler
 from latent_rl.train.rollout_state import RolloutState
+from latent_rl.train.run_inputs import (
+    check_evaluation_rows,
+    check_rows,
+    model_of,
+    output_dir_of,
+    processor_of,
+    refuse_trl_arguments,
+)
 from latent_rl.train.run_rewards import Reward, RunRewards
 from latent_rl.train.samplers import GroupedRepeatSampler
-from latent_rl.train.sampling import mix_seed
 from latent_rl.train.scoring import Scorer, score_update
 from latent_rl.train.spending import SpendingMeter
 from latent_rl.train.values import ValueHead, attach_value_head, explained_variance
@@ -43,47 +53,71 @@ if TYPE_CHECKING:
 
 __all__ = ["LatentGRPOTrainer"]
 
-logger = logging.getLogger(__name__)
-
-EVAL_STREAM, RESAMPLE_STREAM = 1, 3
-
 
 class LatentGRPOTrainer(BaseTrainer):
     """Reinforcement learning of the latent policy; nothing else moves.
 
-    model             a LatentActionModel, normally after `BehaviourCloning`
+    The arguments are those of `trl.GRPOTrainer`, in its order.
+
+    model             a LatentActionModel, normally after `BehaviourCloning`, or the directory of a
+                      saved one
     reward_funcs      one reward or several: functions (`latent_rl.rewards.protocol`), reward models
                       or names of reward models
-    args              `LatentGRPOConfig`
-    train_dataset     rows with `prompt` (chat messages), `images` or `image`, and any columns the
-                      rewards ask for; needs a length
-    eval_dataset      rows of the same form, or None
-    processing_class  the model's processor
+    args              `LatentGRPOConfig`; None takes the defaults and "<model>-LatentGRPO" as
+                      directory
+    train_dataset     rows with `prompt` (chat messages or text), `images` or `image`, and any
+                      columns the rewards ask for; needs a length
+    eval_dataset      rows of the same form, several such sets by name, or None
+    processing_class  the model's processor; None loads the one beside the model, or its base
+                      model's
     reward_processing_classes  tokenizers (or processors) of the reward models, one per reward; None
                       loads each model's own
+    optimizers        optimiser and schedule of your own, as in `transformers.Trainer`
+    quantization_config .. environment_factory  TRL's; refused with the reason
     prompt_renderer   (processing_class, rows) -> inputs; default `latent_rl.data.render_prompts`
 
     Each rollout's hidden states are kept (`Replay`): the updates, the old policy and the reference
     run only the policy's small tower on them. The KL to the reference, a copy of the initial
     policy, is exact over the K codes.
+
+    Raises:
+        TypeError, ValueError: naming the argument that cannot be, before anything runs.
     """
 
     args: LatentGRPOConfig
 
     def __init__(
         self,
-        model: LatentActionModel,
+        model: LatentActionModel | str | Path,
         reward_funcs: Reward | Sequence[Reward],
-        args: LatentGRPOConfig,
-        train_dataset: Any,
+        args: LatentGRPOConfig | None = None,
+        train_dataset: Any | None = None,
         eval_dataset: Any | None = None,
         processing_class: Any | None = None,
         reward_processing_classes: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: None = None,
+        peft_config: None = None,
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
+        *,
         prompt_renderer: PromptRenderer | None = None,
     ) -> None:
-        if processing_class is None:
-            raise ValueError("LatentGRPOTrainer: processing_class is required to render prompts")
+        refuse_trl_arguments(
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        check_rows(train_dataset, "train_dataset")
+        check_evaluation_rows(eval_dataset)
+        source, model = model, model_of(model, args.model_init_kwargs if args else None)
+        args = args or LatentGRPOConfig(output_dir=output_dir_of(source, model))
+        processing_class = processor_of(processing_class, source, model)
+        renderer = _renderer(prompt_renderer, processing_class, args)
         self.rewards = RunRewards(reward_funcs, reward_processing_classes, args)
         self.value_head: ValueHead | None = None
         if args.algorithm().uses_values:
@@ -104,12 +138,18 @@ class LatentGRPOTrainer(BaseTrainer):
             processing_class=processing_class,
             data_collator=list,
             callbacks=callbacks,
+            optimizers=optimizers,
         )
         self.meter = SpendingMeter()
         self.add_callback(self.meter)
         self.stateful.add("spending", self.meter, per_rank=True)
-        self.worker = RolloutWorker(
-            args, self.rewards.functions, processing_class, prompt_renderer or _default_renderer()
+        self.worker = RolloutWorker(args, self.rewards.functions, processing_class, renderer)
+        self.sampler = RolloutSampler(
+            args,
+            self.worker,
+            columns=lambda: {"trainer_state": self.state, **self.rewards.log.arguments()},
+            autocast=self.accelerator.autocast,
+            made=self._made,
         )
         self.reference: LatentPolicy | None = None
         if args.beta:
@@ -141,7 +181,7 @@ class LatentGRPOTrainer(BaseTrainer):
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return the loader of row numbers: one batch per micro-step, constant over a rollout."""
         args, dataset = self.args, cast(Any, self.train_dataset)
-        local = args.generation_batch_size
+        local = args.rollout_size
         sampler = GroupedRepeatSampler(
             len(dataset),
             group_size=args.num_generations,
@@ -190,7 +230,10 @@ class LatentGRPOTrainer(BaseTrainer):
     def _new_replay(self, numbers: Sequence[int], rollout_number: int) -> Replay:
         model, args = self.latent_model, self.args
         set_training_modes(model, [])
-        rollout = self._sample(model, numbers, rollout_number)
+        made = self.sampler.training(model, self.train_dataset, numbers, rollout_number)
+        rollout = made.rollout
+        if args.resample_rounds():
+            self.averages.add({"resample_rounds": float(made.rounds)})
         self.rewards.failures.check(self.accelerator.gather, gather_object, model.device)
         self._words = RolloutRecord.of(rollout)
         keep = rollout.completion_mask & rollout.keep_mask[:, None] & (rollout.codes >= 0)
@@ -267,64 +310,9 @@ class LatentGRPOTrainer(BaseTrainer):
             metrics["sampling/sampling_logp_difference/mean"] = difference.mean()
         self.averages.add({**metrics, **self.rewards.log.flush(gather_object)})
 
-    def _sample(
-        self, model: LatentActionModel, numbers: Sequence[int], rollout_number: int
-    ) -> Rollout:
-        """Make a rollout of the given rows, or with dynamic sampling of as many."""
-        args = self.args
-
-        def roll_out(numbers: Sequence[int], attempt: int, parts: Sequence[Rollout]) -> Rollout:
-            seed = mix_seed(args.seed, rollout_number, attempt, args.process_index)
-            held = held_bytes([group for part in parts for group in part.groups])
-            rollout = self._run(model, self.train_dataset, numbers, seed, held=held)
-            self.rewards.failures.add(rollout)
-            self.meter.count(len(rollout), int(rollout.completion_mask.sum()))
-            return rollout
-
-        made = resampled_rollout(
-            numbers,
-            roll_out=roll_out,
-            other_prompts=lambda count, attempt: self._other_prompts(
-                count, rollout_number, attempt
-            ),
-            group_size=args.num_generations,
-            scale=args.reward_scale(),
-            rounds=args.resample_rounds(),
-        )
-        if args.resample_rounds():
-            self.averages.add({"resample_rounds": float(made.rounds)})
-        return made.rollout
-
-    def _other_prompts(self, count: int, rollout_number: int, attempt: int) -> list[int]:
-        args = self.args
-        seed = mix_seed(args.seed, RESAMPLE_STREAM, rollout_number, attempt, args.process_index)
-        generator = torch.Generator().manual_seed(seed)
-        dataset: Any = self.train_dataset
-        picked = torch.randint(len(dataset), (count,), generator=generator)
-        return picked.repeat_interleave(args.num_generations).tolist()
-
-    def _run(
-        self,
-        model: LatentActionModel,
-        dataset: Any,
-        numbers: Sequence[int],
-        seed: int,
-        return_hidden: bool = True,
-        held: int = 0,
-    ) -> Rollout:
-        unique = {number: dataset[number] for number in dict.fromkeys(numbers)}
-        rows = [unique[number] for number in numbers]
-        seeds = ops.row_seeds(seed, len(rows), model.device)
-        columns = {"trainer_state": self.state, **self.rewards.log.arguments()}
-        with self.accelerator.autocast():
-            return self.worker.run(
-                model,
-                rows,
-                seeds,
-                columns=columns,
-                return_hidden=return_hidden,
-                held_bytes=held,
-            )
+    def _made(self, rollout: Rollout) -> None:
+        self.rewards.failures.add(rollout)
+        self.meter.count(len(rollout), int(rollout.completion_mask.sum()))
 
     # Update.
 
@@ -356,7 +344,10 @@ class LatentGRPOTrainer(BaseTrainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         bonus, logged = regularisation.entropy_bonus(entropy, terms.keep_mask, progress)
         loss = result.loss if bonus is None else result.loss - bonus
-        self._record(terms, result, entropy, logged)
+        metrics = {**update_metrics(terms, result, entropy), **logged}
+        if terms.kl is not None:
+            metrics["beta"] = regularisation.beta
+        self.averages.add(metrics)
         return (loss, {}) if return_outputs else loss
 
     def _handle(self, inputs: Any) -> BatchRecord | None:
@@ -364,28 +355,6 @@ class LatentGRPOTrainer(BaseTrainer):
 
     def _describe(self, handle: BatchRecord) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return handle.tensors, handle.in_words()
-
-    @torch.no_grad()
-    def _record(
-        self, terms: PolicyTerms, result: PolicyLoss, entropy: Tensor, logged: dict[str, float]
-    ) -> None:
-        count = terms.keep_mask.sum().clamp(min=1)
-
-        def mean(values: Tensor) -> Tensor:
-            return torch.where(terms.keep_mask, values, 0.0).sum() / count
-
-        metrics: dict[str, Tensor | float] = {
-            "entropy": mean(entropy),
-            "clip_ratio": result.low_clip + result.high_clip,
-            "clip_ratio/low_mean": result.low_clip,
-            "clip_ratio/high_mean": result.high_clip,
-            "clip_ratio/region_mean": result.low_clip + result.high_clip,
-            **result.metrics,
-            **logged,
-        }
-        if terms.kl is not None:
-            metrics |= {"kl": mean(terms.kl), "beta": self.regularisation.beta}
-        self.averages.add(metrics)
 
     # Evaluation.
 
@@ -405,10 +374,8 @@ class LatentGRPOTrainer(BaseTrainer):
         """Roll out a batch of evaluation rows and record its metrics; there is no loss."""
         args, inner = self.args, self.latent_model
         group = args.num_generations_eval or args.num_generations
-        seed = mix_seed(args.seed, EVAL_STREAM, self._eval_batches, args.process_index)
+        rollout = self.sampler.evaluation(inner, inputs, self._eval_batches, group)
         self._eval_batches += 1
-        numbers = [index for index in range(len(inputs)) for _ in range(group)]
-        rollout = self._run(inner, inputs, numbers, seed, return_hidden=False)
         std = group_advantages(
             rollout.rewards, group, args.reward_scale(), rollout.keep_mask
         ).group_std
@@ -420,8 +387,14 @@ class LatentGRPOTrainer(BaseTrainer):
         return None, None, None
 
 
-def _default_renderer() -> PromptRenderer:
-    from latent_rl.data import render_prompts
-
-    renderer: PromptRenderer = render_prompts
-    return renderer
+def _renderer(
+    given: PromptRenderer | None, processing_class: Any, args: LatentGRPOConfig
+) -> PromptRenderer:
+    if given is None:
+        check_processor(processing_class)
+        return functools.partial(render_prompts, template_options=args.chat_template_kwargs)
+    if args.chat_template_kwargs:
+        raise ValueError(
+            "LatentGRPOTrainer: chat_template_kwargs are for the default prompt_renderer, got both"
+        )
+    return given

@@ -1,4 +1,4 @@
-"""Numbers that describe a rollout, under TRL's names where it has one."""
+"""Numbers that describe a rollout and an update, under TRL's names where it has one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from latent_rl.train.losses import PolicyLoss, PolicyTerms
     from latent_rl.train.rollout import Rollout
 
-__all__ = ["rollout_metrics"]
+__all__ = ["rollout_metrics", "update_metrics"]
 
 
 @torch.no_grad()
@@ -57,4 +58,30 @@ def rollout_metrics(
             values.std() if values.numel() > 1 else values.new_zeros(())
         )
         metrics[f"rewards/{name}/failed"] = failed[index]
+    return metrics
+
+
+@torch.no_grad()
+def update_metrics(
+    terms: PolicyTerms, result: PolicyLoss, entropy: Tensor
+) -> dict[str, Tensor | float]:
+    """Return the metrics of a micro-batch: means over kept codes, and the loss's own.
+
+    entropy: [B, T] of the distribution sampled from.
+    """
+    count = terms.keep_mask.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(terms.keep_mask, values, 0.0).sum() / count
+
+    metrics: dict[str, Tensor | float] = {
+        "entropy": mean(entropy),
+        "clip_ratio": result.low_clip + result.high_clip,
+        "clip_ratio/low_mean": result.low_clip,
+        "clip_ratio/high_mean": result.high_clip,
+        "clip_ratio/region_mean": result.low_clip + result.high_clip,
+        **result.metrics,
+    }
+    if terms.kl is not None:
+        metrics["kl"] = mean(terms.kl)
     return metrics

@@ -49,6 +49,7 @@ _ENGINE = (
 )
 _ENGINE_PREFIX = "replay_"
 _RESOLVED = (
+    "generation_batch_size",  # follows from steps_per_generation, and TRL takes one of the two
     "loss_type",
     "epsilon",
     "epsilon_high",

@@ -48,7 +48,7 @@ def test_given_values_win():
 def test_steps_per_generation_defaults_to_accumulation():
     made = config(gradient_accumulation_steps=4, num_iterations=2)
     assert made.steps_per_generation == 4
-    assert made.generation_batch_size == 32
+    assert made.rollout_size == 32
     assert made.micro_steps_per_rollout == 8
 
 

@@ -309,7 +309,7 @@ def test_replay_can_be_kept_in_another_dtype(tmp_path):
 
 def test_errors(tmp_path):
     model, processor = tiny_model()
-    with pytest.raises(ValueError, match="processing_class is required"):
+    with pytest.raises(ValueError, match="processing_class is None and no processor was found"):
         LatentGRPOTrainer(model, even_tokens, config(tmp_path), prompts(8))
     with pytest.raises(ValueError, match=r"reward_weights must have one entry .*\(1\), got 2"):
         LatentGRPOTrainer(

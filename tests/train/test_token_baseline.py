@@ -233,10 +233,11 @@ class TestSettings:
         own = {field.name for field in dataclasses.fields(args) if field.init}
         for field in dataclasses.fields(theirs):
             resolved = {"loss_type", "scale_rewards", "epsilon", "importance_sampling_level"}
+            resolved |= {"generation_batch_size"}
             if field.name in own - resolved:
                 assert getattr(theirs, field.name) == getattr(args, field.name), field.name
         assert theirs.epsilon == args.clip_range().low
-        assert theirs.generation_batch_size == args.generation_batch_size
+        assert theirs.generation_batch_size == args.rollout_size
 
     @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "bnpo"])
     def test_an_algorithms_defaults_are_filled_in(self, tmp_path, name):
