@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: ``python -m benchmarks run|verify|profile|report``."""
+"""Command line of the benchmarks: ``python -m benchmarks run|order|verify|profile|report``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from rich.console import Console
 from benchmarks import report, results, roofline
 from benchmarks import verify as verification
 from benchmarks.machine import ROOT, describe
+from benchmarks.order import lines_of, suggest
 from benchmarks.profile import Target
 from benchmarks.profile import profile as profile_target
 from benchmarks.registry import OURS, Pass, entries
 from benchmarks.results import Point
 from benchmarks.run import Options
 from benchmarks.run import run as run_points
+from latent_rl.backends import OPS, explain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+# Five rounds of every contestant give about as many calls as a device's clocks need to settle.
+ORDERS = ROOT / "runs" / "benchmarks" / "order.json"
+QUICK_ROUNDS, QUICK_BUDGET_S = 7, 1.0
 
 SLOWER, REFUSED, TESTS_FAIL = 1, 2, 3
 
@@ -56,15 +62,18 @@ def run(
     threads: Annotated[str, typer.Option(help="comma-separated, on a CPU")] = "1",
     rounds: Annotated[int, typer.Option(min=5)] = 20,
     budget_s: Annotated[float, typer.Option(help="seconds of turns a row may take")] = 5.0,
+    quick: Annotated[bool, typer.Option(help="few rounds: the whole suite in minutes")] = False,
+    time_limit_s: Annotated[float, typer.Option(help="begin no row later")] = float("inf"),
     output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
     label: Label = "",
     fresh: Annotated[bool, typer.Option(help="measure again what the file holds")] = False,
     summary: Annotated[Path | None, typer.Option(help="Markdown file with the markers")] = None,
+    commit: Annotated[str, typer.Option(help="of a tree without its history")] = "",
 ) -> None:
     """Measure ops against their peers: table, JSON, roofline, summary. Resumes by itself."""
     try:
         if summary is not None:
-            report.check_markers(summary)
+            report.check_markers(summary, device)
         options = Options(
             device=device,
             ops=split(ops),
@@ -73,9 +82,11 @@ def run(
             shapes=split(shapes),
             passes=split(passes),
             threads=tuple(int(n) for n in threads.split(",")) if device == "cpu" else (1,),
-            rounds=rounds,
-            budget_s=budget_s,
+            rounds=QUICK_ROUNDS if quick else rounds,
+            budget_s=QUICK_BUDGET_S if quick else budget_s,
             label=label,
+            commit=commit,
+            time_limit_s=time_limit_s,
         )
         done = run_points(options, output, typer.echo, fresh)
     except ValueError as error:
@@ -100,7 +111,7 @@ def present(path: Path, summary: Path | None) -> None:
     if summary is not None:
         inside = plot.is_relative_to(ROOT) and problem is None
         shown = str(plot.relative_to(ROOT)) if inside else ""
-        report.write_between(summary, report.markdown(data, shown))
+        report.write_between(summary, report.markdown(data, shown), data["rows"][0]["device"])
         typer.echo(f"wrote the summary into {summary}")
 
 
@@ -139,7 +150,9 @@ def verify(
         for op in chosen:
             verification.check_tests(op)
         # Ours and the unit alone: peers have no say in whether we got slower.
-        options = Options(device=device, ops=chosen, peers=[], budget_s=budget_s, label=label)
+        options = Options(
+            device=device, ops=chosen, peers=[], rows=(), budget_s=budget_s, label=label
+        )
         now = measured_again(options, plan) if fresh is None else results.load(fresh)
         verdicts = verification.compare(past, now)
     except verification.OpTestsError as error:
@@ -154,6 +167,44 @@ def verify(
 def measured_again(options: Options, plan: list[Point]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         return run_points(options, Path(folder) / "fresh.json", typer.echo, plan=plan).data
+
+
+@app.command("order")
+def backend_order(
+    device: Device = "cpu",
+    ops: Names = "",
+    shapes: Annotated[str, typer.Option(help="as 8192x2048x128; all declared by default")] = "",
+    source: Annotated[Path | None, typer.Option(help="read this result, measure nothing")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    budget_s: Annotated[float, typer.Option(help="seconds of turns a row may take")] = 1.0,
+    time_limit_s: Annotated[float, typer.Option(help="begin no row later")] = float("inf"),
+    label: Label = "",
+) -> None:
+    """Which backend is fastest per op and shape, and the dispatch order it suggests."""
+    try:
+        if source is not None:
+            data = results.load(source)
+        else:
+            every = {name for op in OPS for name, _ in explain(op)}
+            options = Options(
+                device=device,
+                ops=split(ops) or list(OPS),
+                peers=[],
+                shapes=split(shapes),
+                rounds=QUICK_ROUNDS,
+                budget_s=budget_s,
+                label=label,
+                rows=tuple(sorted(every)),
+                time_limit_s=time_limit_s,
+            )
+            done = run_points(options, output or ORDERS, typer.echo)
+            data = done.data
+            for line in done.broken:
+                typer.echo(f"not measured: {line}", err=True)
+    except (OSError, ValueError) as error:
+        raise refuse(error) from error
+    for found in suggest(data):
+        typer.echo("\n".join(lines_of(found)))
 
 
 @app.command()

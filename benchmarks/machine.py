@@ -76,8 +76,12 @@ def gpu(query: str) -> str:
     return output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
-def describe(device: torch.device, label: str = "") -> Machine:
-    """What is measured on; ``label`` replaces a device name that says too little."""
+def describe(device: torch.device, label: str = "", commit: str = "") -> Machine:
+    """What is measured on.
+
+    ``label`` replaces a device name that says too little; ``commit`` is taken where there is no
+    history to ask, as in a copy of a checkout.
+    """
     on_gpu = device.type == "cuda"
     changed = output_of("git", "status", "--porcelain", "-uno", "--", ".", *IRRELEVANT)
     return Machine(
@@ -89,7 +93,7 @@ def describe(device: torch.device, label: str = "") -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         latent_rl=__version__,
-        commit=output_of("git", "rev-parse", "--short=12", "HEAD"),
+        commit=output_of("git", "rev-parse", "--short=12", "HEAD") or commit[:12] or "unknown",
         dirty=bool(changed),
         packages=versions(),
     )

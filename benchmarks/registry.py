@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.packages import why_absent
+from latent_rl import backends
 
 Inputs = Mapping[str, Tensor]
 Call = Callable[[], Any]
@@ -39,16 +40,20 @@ Make = Callable[[Inputs, Pass], Call]
 
 @dataclass(frozen=True)
 class Goal:
-    """A number to reach: ``against``'s time over ours, or ours in microseconds.
+    """A number to reach: ``against``'s time over ours, our microseconds, or ours over the floor.
 
-    ``against`` may name a peer, the unit, or "every peer".
+    ``against`` may name a peer, the unit, or "every peer". The floor is the time that the row's
+    bytes and operations take at the roofs measured in the same run.
     """
 
     at_least: float | None = None
     against: str = ""
     at_most_us: float | None = None
+    at_most_floor: float | None = None
 
     def __str__(self) -> str:
+        if self.at_most_floor is not None:
+            return f"<= {self.at_most_floor:g}x floor"
         if self.at_most_us is not None:
             return f"<= {self.at_most_us:g} us"
         if self.against in UNITS.values():
@@ -98,6 +103,8 @@ class Peer:
         package: key of ``benchmarks.packages``; "" for what comes with this project.
         devices, dtypes, passes: what it can run; all by default.
         own_stream: whether it works outside torch's current stream (timed by the host's clock).
+        own_launch: launches as it does in real use, and is never captured into a graph for timing.
+        backend: the row of the dispatch table forced for the entry's op while it runs.
         note: what a reader must know to judge the comparison.
     """
 
@@ -108,6 +115,8 @@ class Peer:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     passes: tuple[Pass, ...] = tuple(Pass)
     own_stream: bool = False
+    own_launch: bool = False
+    backend: str = ""
     note: str = ""
 
     def why_not(self, device: str, dtype: str, which: Pass) -> str | None:
@@ -133,6 +142,8 @@ class Entry:
         check: quality of a call's result as numbers, given the truth.
         hard: the same inputs made hard to get right, checked like the others but not timed.
         stats: numbers our own call reports about its work.
+        parts: of an entry that is no op of its own, the ops it calls.
+        own_launch: of our own call, see :class:`Peer`.
     """
 
     op: str
@@ -149,18 +160,34 @@ class Entry:
     check: Callable[[Inputs, Any, Tensor], dict[str, float]] | None = None
     hard: Callable[[Inputs], Inputs] | None = None
     stats: Callable[[Inputs], dict[str, float]] | None = None
+    parts: tuple[str, ...] = ()
+    own_launch: bool = False
+
+    def rows(self) -> tuple[Peer, ...]:
+        """Our op once for every row of the dispatch table, forced: ``latent_rl (triton)``."""
+        if self.parts:
+            return ()
+        names = [name for name, _ in backends.explain(self.op)]
+        note = "ours, forced: LATENT_RL_BACKEND"
+        return tuple(Peer(row_name(n), self.ours, backend=n, note=note) for n in names)
 
     def contestants(self) -> tuple[Peer, ...]:
-        """Our op, the unit and the peers: everything that is timed."""
+        """Our op, the unit, the peers and our op's rows: everything that can be timed."""
         units = tuple(
             Peer(name, self.unit, devices=(device,))
             for device, name in UNITS.items()
             if self.unit is not None
         )
-        return (Peer(OURS, self.ours), *units, *self.peers)
+        ours = Peer(OURS, self.ours, own_launch=self.own_launch)
+        return (ours, *units, *self.peers, *self.rows())
 
     def contestant(self, name: str) -> Peer:
         return next(peer for peer in self.contestants() if peer.name == name)
+
+
+def row_name(backend: str) -> str:
+    """The contestant that is our op served by one row of the dispatch table."""
+    return f"{OURS} ({backend})"
 
 
 def entries() -> dict[str, Entry]:

@@ -12,7 +12,11 @@ from benchmarks.registry import OURS, UNITS
 from benchmarks.results import Row, key_of
 
 VERDICTS = {True: "met", False: "missed", None: "not measured"}
-START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+# Per device type, so that a summary of one leaves the other's alone.
+MARKERS = {
+    "cpu": ("<!-- benchmarks:start -->", "<!-- benchmarks:end -->"),
+    "cuda": ("<!-- benchmarks:cuda:start -->", "<!-- benchmarks:cuda:end -->"),
+}
 
 
 def sizes_of(row: Row) -> str:
@@ -100,7 +104,7 @@ def markdown(data: dict[str, Any], plot: str = "") -> str:
     units = sorted({UNITS[row["device"]] for row in rows})
     lines = [
         f"{machine['device']}, torch {machine['torch']}, commit {commit}; "
-        f"{' / '.join(str(t) for t in threads)} threads. Ratios are the peer's time over ours "
+        f"{_where(machine, threads)}. Ratios are the peer's time over ours "
         f"(25th percentiles of interleaved rounds, one process each); {', '.join(units)} is the "
         "product of the same contraction and nothing else.",
         "",
@@ -114,6 +118,12 @@ def markdown(data: dict[str, Any], plot: str = "") -> str:
     if plot:
         lines += ["", f"![Measured roofline]({plot})"]
     return "\n".join(lines)
+
+
+def _where(machine: dict[str, Any], threads: list[int]) -> str:
+    if machine["driver"]:
+        return f"driver {machine['driver']}"
+    return f"{' / '.join(str(t) for t in threads)} threads"
 
 
 def _grouped(rows: list[Row]) -> list[list[Row]]:
@@ -179,16 +189,18 @@ def _wrong_codes(rows: list[Row]) -> list[str]:
     return lines
 
 
-def check_markers(path: Path) -> None:
+def check_markers(path: Path, device: str) -> None:
     """Refuse a file without the two markers, before hours of measuring rather than after."""
+    start, end = MARKERS[device]
     text = path.read_text() if path.is_file() else ""
-    if START not in text or END not in text.split(START, 1)[1]:
-        raise ValueError(f"{path}: expected the lines {START} and {END} in this order")
+    if start not in text or end not in text.split(start, 1)[1]:
+        raise ValueError(f"{path}: expected the lines {start} and {end} in this order")
 
 
-def write_between(path: Path, text: str) -> None:
-    """Replace what stands between the markers."""
-    check_markers(path)
-    before, rest = path.read_text().split(START, 1)
-    after = rest.split(END, 1)[1]
-    path.write_text(f"{before}{START}\n{text}\n{END}{after}")
+def write_between(path: Path, text: str, device: str) -> None:
+    """Replace what stands between the markers of a device type."""
+    check_markers(path, device)
+    start, end = MARKERS[device]
+    before, rest = path.read_text().split(start, 1)
+    after = rest.split(end, 1)[1]
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}")

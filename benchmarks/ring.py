@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol
@@ -47,6 +48,11 @@ class Process:
         self._connection = ours
         return ours
 
+    def started(self) -> Process:
+        if self._connection is None:
+            self._start()
+        return self
+
     def ask(self, method: str, *arguments: object) -> Any:
         connection = self._connection or self._start()
         try:
@@ -65,6 +71,10 @@ class Process:
     def prepare(self, task: Task) -> Ready | Failed:
         answer: Ready | Failed = self.ask("prepare", task)
         return answer
+
+    def preheat(self, task: Task) -> None:
+        """Compile for a task; what fails here fails again, and is reported, when it is prepared."""
+        self.ask("preheat", task)
 
     def turn(self, call_ms: float) -> list[float] | Failed:
         answer: list[float] | Failed = self.ask("turn", call_ms)
@@ -95,6 +105,13 @@ class Ring:
         if name not in self._processes:
             self._processes[name] = Process(name, self.threads, self.limit_s)
         return self._processes[name]
+
+    def preheat(self, tasks: Mapping[str, Task], workers: int) -> None:
+        """Let several contestants build and compile at the same time, before any is timed."""
+        # Processes are started by this thread alone.
+        processes = [(self[name].started(), task) for name, task in tasks.items()]
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            list(pool.map(lambda pair: pair[0].preheat(pair[1]), processes))
 
     def ceilings(self, device: str, dtypes: tuple[str, ...]) -> dict[str, Any]:
         process = self["ceilings"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,23 @@ from benchmarks.registry import OURS, UNITS, Entry, Shape, entries
 from benchmarks.results import Point, Results, Row
 from benchmarks.ring import Ring
 from benchmarks.worker import DTYPES, Failed, Ready, Task
+from latent_rl import backends
 
 Say = Callable[[str], None]
+# Processes that may compile at once.
+PREHEAT_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure and how long. None means everything that the registry declares."""
+    """What to measure and how long. None means everything that the registry declares.
+
+    Attributes:
+        commit: what is measured, where git cannot tell.
+        rows: backends to force as contestants of their own; None: on a GPU every kernel that could
+            serve the op, on a CPU none.
+        time_limit_s: no row begins later than this; what is missing can be resumed.
+    """
 
     device: str = "cpu"
     ops: list[str] | None = None
@@ -34,6 +45,9 @@ class Options:
     rounds: int = 20
     budget_s: float = 5.0
     label: str = ""
+    commit: str = ""
+    rows: tuple[str, ...] | None = None
+    time_limit_s: float = float("inf")
 
     def check(self) -> None:
         """Refuse what does not exist.
@@ -42,11 +56,11 @@ class Options:
             ValueError: naming the option, what it accepts and what it got.
         """
         known = entries()
-        peers = {p.name for entry in known.values() for p in entry.contestants()}
+        peers = {p.name for entry in known.values() for p in entry.peers}
         passes = {which.value for entry in known.values() for which in entry.passes}
         for option, given, accepted in (
             ("ops", self.ops, set(known)),
-            ("peers", self.peers, peers - {OURS} - set(UNITS.values())),
+            ("peers", self.peers, peers),
             ("dtype", self.dtypes, set(DTYPES)),
             ("pass", self.passes, passes),
             ("device", [self.device], set(UNITS)),
@@ -110,17 +124,24 @@ def measure(
     """One row of the report."""
     entry = entries()[point.op]
     absent: dict[str, str] = {}
-    answers: dict[str, Ready | Failed] = {}
     task = Task("", point.op, point.shape, point.which, point.dtype, point.device, scratch)
     always = {OURS, *UNITS.values()}
+    tasks: dict[str, Task] = {}
     for peer in entry.contestants():
-        if options.peers is not None and peer.name not in always | set(options.peers):
+        if peer.backend:
+            if not takes_part(point, peer.backend, options):
+                continue
+        elif options.peers is not None and peer.name not in always | set(options.peers):
             continue
         reason = peer.why_not(point.device, point.dtype, point.which)
         if reason is None:
-            answers[peer.name] = group[peer.name].prepare(replace(task, contestant=peer.name))
+            tasks[peer.name] = replace(task, contestant=peer.name)
         elif peer.name not in UNITS.values():
             absent[peer.name] = reason
+    if point.device == "cuda":
+        # Compilers run on the host: a row's wait is the longest of them, not their sum.
+        group.preheat(tasks, PREHEAT_WORKERS)
+    answers = {name: group[name].prepare(task) for name, task in tasks.items()}
     ready = {name: a for name, a in answers.items() if isinstance(a, Ready)}
     handles = {name: group[name] for name in ready}
     samples = ring.interleave(handles, ready, rounds=options.rounds, budget_s=options.budget_s)
@@ -129,6 +150,22 @@ def measure(
     for name in _short_of_memory(answers, samples):
         answers[name], samples[name] = alone(group[name], replace(task, contestant=name), options)
     return results.row_of(entry, point, answers, absent, samples, ceilings)
+
+
+def takes_part(point: Point, backend: str, options: Options) -> bool:
+    """Whether our op runs once more with this row of the dispatch table forced.
+
+    By default on a GPU, where several kernels may serve an op: all but the one that serves anyway
+    and the reference.
+    """
+    device, dtype = torch.device(point.device), DTYPES[point.dtype]
+    request = backends.Request(device, dtype)
+    if dict(backends.explain(point.op, request))[backend] is not None:
+        return False
+    if options.rows is not None:
+        return backend in options.rows
+    serving = backends.serving(point.op, device, dtype)
+    return point.device == "cuda" and backend not in (serving, "reference")
 
 
 def _short_of_memory(
@@ -174,7 +211,7 @@ def run(
         ValueError: for an unknown op, peer, dtype, pass or shape.
     """
     options.check()
-    machine = describe(torch.device(options.device), options.label)
+    machine = describe(torch.device(options.device), options.label, options.commit)
     path = path or results.FOLDER / f"{machine.slug}-{machine.version}.json"
     done = Results(path, machine)
     if not fresh and (count := done.resume()):
@@ -184,16 +221,17 @@ def run(
     if not plan:
         raise ValueError(f"shapes: nothing to measure on {options.device} for these options")
     todo = [point for point in plan if not done.holds(point)]
+    deadline = time.monotonic() + options.time_limit_s
     with tempfile.TemporaryDirectory() as scratch:
         for threads in sorted({point.threads for point in todo}):
             mine = [point for point in todo if point.threads == threads]
             if mine:
-                _run_group(mine, options, done, Path(scratch), say, len(todo))
+                _run_group(mine, options, done, Path(scratch), say, deadline)
     return done
 
 
 def _run_group(
-    mine: list[Point], options: Options, done: Results, scratch: Path, say: Say, total: int
+    mine: list[Point], options: Options, done: Results, scratch: Path, say: Say, deadline: float
 ) -> None:
     """All points of one number of threads, in one ring of processes."""
     threads = mine[0].threads
@@ -203,13 +241,20 @@ def _run_group(
             done.data["ceilings"][str(threads)] = group.ceilings(options.device, dtypes)
         ceilings = done.data["ceilings"][str(threads)]
         for index, point in enumerate(mine, 1):
+            if time.monotonic() > deadline:
+                left = len(mine) - index + 1
+                done.broken.append(f"{left} rows: the time limit was reached; run again to resume")
+                say(done.broken[-1])
+                return
+            began = time.monotonic()
             try:
                 row = measure(point, group, options, ceilings, scratch)
             except Exception as error:  # noqa: BLE001 - one broken row must not cost the others
                 done.broken.append(f"{point}: {type(error).__name__}: {error}")
-                say(f"[{index}/{len(mine)} of {total}] {done.broken[-1]}")
+                say(f"[{index}/{len(mine)}] {done.broken[-1]}")
                 continue
             done.add(row)
             ours = results.p25_ms(row, OURS)
             outcome = "failed" if ours is None else f"{ours:.3g} ms"
-            say(f"[{index}/{len(mine)} of {total}] {point}: {outcome}")
+            took = time.monotonic() - began
+            say(f"[{index}/{len(mine)}] {point}: {outcome} (row in {took:.0f} s)")

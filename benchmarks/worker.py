@@ -7,6 +7,7 @@ turns. Processes are forked from a server that has only imported torch and start
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from benchmarks.timing import (
     clock_for,
     turn,
 )
+from latent_rl import backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,6 +91,17 @@ class Prepared:
         return first if first > 200 else min(self.clock(self.call) for _ in range(3))
 
 
+@dataclass(frozen=True)
+class Started:
+    """A call that has been called once."""
+
+    task: Task
+    inputs: Inputs
+    call: Call
+    result: Any
+    setup_s: float
+
+
 class Contestant:
     """What a process holds between messages."""
 
@@ -96,36 +109,67 @@ class Contestant:
         self.threads = threads
         self.device = torch.device("cpu")
         self.prepared: Prepared | None = None
+        self._started: Started | None = None
+        self._asked_backend = os.environ.get(backends.ENVIRONMENT_VARIABLE)
+
+    def preheat(self, task: Task) -> Failed | None:
+        """Build inputs and call and call once, which compiles; may run beside other processes."""
+        try:
+            self._started = self._start(task)
+        except Exception as error:  # noqa: BLE001 - as below
+            self.release()
+            return Failed(reason_of(error))
+        return None
 
     def prepare(self, task: Task) -> Ready | Failed:
         """Build inputs and call, warm up, check the result."""
-        started = time.perf_counter()
         try:
-            return self._prepare(task, started)
+            held = self._started
+            self._started = None
+            return self._prepare(held if held and held.task == task else self._start(task))
         except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
             self.release()
             return Failed(reason_of(error))
 
-    def _prepare(self, task: Task, started: float) -> Ready:
+    def _start(self, task: Task) -> Started:
+        began = time.perf_counter()
         entry = entries()[task.op]
         peer = entry.contestant(task.contestant)
+        self._force(task.op, peer.backend)
         self.device = torch.device(task.device)
         inputs = entry.make_inputs(task.shape, self.device, DTYPES[task.dtype])
         call = peer.make(inputs, task.which)
         # A package imported by `make` brings its own pools.
         set_threads(self.threads)
         result = call()
-        setup_s = time.perf_counter() - started
-        quality = check(entry, task, inputs, result)
-        del result
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            # The neighbours start at the same time.
+            torch.cuda.empty_cache()
+        return Started(task, inputs, call, result, time.perf_counter() - began)
+
+    def _force(self, op: str, backend: str) -> None:
+        """Force a row of the dispatch table, or undo it."""
+        if backend:
+            os.environ[backends.ENVIRONMENT_VARIABLE] = f"{op}={backend}"
+        elif self._asked_backend is None:
+            os.environ.pop(backends.ENVIRONMENT_VARIABLE, None)
+        else:
+            os.environ[backends.ENVIRONMENT_VARIABLE] = self._asked_backend
+
+    def _prepare(self, held: Started) -> Ready:
+        task, call = held.task, held.call
+        entry = entries()[task.op]
+        peer = entry.contestant(task.contestant)
+        quality = check(entry, task, held.inputs, held.result)
         self.prepared = Prepared(call, clock_for(self.device, peer.own_stream))
         call_ms = self.prepared.warm()
         remark = ""
-        on_stream = self.device.type == "cuda" and not peer.own_stream
+        on_stream = self.device.type == "cuda" and not (peer.own_stream or peer.own_launch)
         if on_stream and call_ms < CAPTURE_BELOW_MS:
             call, remark = captured(call, self.device)
             self.prepared = Prepared(call, self.prepared.clock)
-        return Ready(call_ms, setup_s, remark, quality)
+        return Ready(call_ms, held.setup_s, remark, quality)
 
     def turn(self, call_ms: float) -> list[float] | Failed:
         if self.prepared is None:
@@ -141,7 +185,7 @@ class Contestant:
                 torch.cuda.empty_cache()
 
     def release(self) -> None:
-        self.prepared = None
+        self.prepared = self._started = None
         if "torch._dynamo" in sys.modules:
             # Every shape is compiled anew; the limit on recompilations must not see them add up.
             torch._dynamo.reset()

@@ -15,12 +15,12 @@ WANTED = ("logits",)
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     n, size = shape["N"], shape["K"]
     return {
-        "logits": torch.randn(n, size, generator=generator).to(device, dtype),
-        "ref_logits": torch.randn(n, size, generator=generator).to(device, dtype),
-        "codes": torch.randint(size, (n,), generator=generator).to(device),
+        "logits": torch.randn(n, size, generator=generator, device=device).to(device, dtype),
+        "ref_logits": torch.randn(n, size, generator=generator, device=device).to(device, dtype),
+        "codes": torch.randint(size, (n,), generator=generator, device=device),
     }
 
 

@@ -17,15 +17,15 @@ CONCATENATED = "concatenated"
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     n, hidden, inner, size = shape["N"], shape["H"], shape["I"], shape["K"]
 
     def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*sizes, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(*sizes, generator=generator, device=device)).to(device, dtype)
 
     return {
         "e": normal(n, hidden),
-        "codes": torch.randint(size, (n,), generator=generator).to(device),
+        "codes": torch.randint(size, (n,), generator=generator, device=device),
         "codebook": normal(size, hidden),
         "w_gate": normal(inner, 2 * hidden, scale=hidden**-0.5),
         "w_up": normal(inner, 2 * hidden, scale=hidden**-0.5),

@@ -17,9 +17,9 @@ FUNCTIONAL = "F.gumbel_softmax + matmul"
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape["N"], shape["K"], generator=generator)
-    codebook = torch.randn(shape["K"], shape["D"], generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(shape["N"], shape["K"], generator=generator, device=device)
+    codebook = torch.randn(shape["K"], shape["D"], generator=generator, device=device)
     return {
         "logits": logits.to(device, dtype),
         "codebook": codebook.to(device, dtype),

@@ -17,9 +17,9 @@ BOTH = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape["N"], shape["D"], generator=generator)
-    codebook = torch.randn(shape["K"], shape["D"], generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(shape["N"], shape["D"], generator=generator, device=device)
+    codebook = torch.randn(shape["K"], shape["D"], generator=generator, device=device)
     return {"x": x.to(device, dtype), "codebook": codebook.to(device, dtype)}
 
 

@@ -15,8 +15,8 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16")}
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape["B"], shape["K"], generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(shape["B"], shape["K"], generator=generator, device=device)
     return {
         "logits": logits.to(device, dtype),
         "seeds": ops.row_seeds(0, shape["B"], device),

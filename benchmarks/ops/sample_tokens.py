@@ -13,8 +13,8 @@ DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(shape["B"], shape["V"], generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = 2 * torch.randn(shape["B"], shape["V"], generator=generator, device=device)
     return {
         "logits": logits.to(device, dtype),
         "seeds": ops.row_seeds(0, shape["B"], device),

@@ -18,29 +18,30 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
 
     Peers get the same keys as a cache of full length per row, shared positions copied.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     rows, length, heads, key_heads, dim = (shape[s] for s in ("B", "L", "Hq", "Hk", "D"))
     group, shared = shape["G"], length // 2
     prompts = rows // group
     stored = (prompts * shared + rows * (length - shared), key_heads, dim)
-    keys, values = (torch.randn(stored, generator=generator) for _ in range(2))
-    row = torch.arange(rows)
+    keys, values = (torch.randn(stored, generator=generator, device=device) for _ in range(2))
+    row = torch.arange(rows, device=device)
     shared_at = row // group * shared
     own_at = prompts * shared + row * (length - shared)
-    ends = torch.randint(shared, length + 1, (rows,), generator=generator)
+    ends = torch.randint(shared, length + 1, (rows,), generator=generator, device=device)
     columns = (torch.zeros_like(ends), ends, shared_at, torch.full_like(ends, shared), own_at)
-    position = torch.arange(length)
+    position = torch.arange(length, device=device)
     at = torch.where(
         position < shared, shared_at[:, None] + position, own_at[:, None] + position - shared
     )
+    query = torch.randn(rows, heads, dim, generator=generator, device=device)
     return {
-        "query": torch.randn(rows, heads, dim, generator=generator).to(device, dtype),
+        "query": query.to(device, dtype),
         "keys": keys.to(device, dtype),
         "values": values.to(device, dtype),
-        "runs": torch.stack(columns, 1).to(device),
+        "runs": torch.stack(columns, 1),
         "row_keys": keys[at].to(device, dtype),
         "row_values": values[at].to(device, dtype),
-        "mask": (position < ends[:, None])[:, None, None].to(device),
+        "mask": (position < ends[:, None])[:, None, None],
     }
 
 

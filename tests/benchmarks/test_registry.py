@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ops import code_logprobs, gated_merge, gumbel_quantize, nearest_code, quantize
+from benchmarks.ops import (
+    code_logprobs,
+    decode_tail,
+    gated_merge,
+    gumbel_quantize,
+    nearest_code,
+    quantize,
+)
 from benchmarks.packages import PACKAGES, why_absent
 from benchmarks.registry import OURS, UNITS, Pass, Peer, Shape, entries
 from benchmarks.worker import DTYPES
@@ -24,6 +31,7 @@ TINY = {
     "gated_merge": {"N": 9, "H": 8, "I": 12, "K": 5},
     "sample_codes": {"B": 7, "K": 50},
     "sample_tokens": {"B": 7, "V": 50},
+    "decode_tail": {"B": 6, "H": 16, "I": 24, "V": 50, "K": 40, "M": 2, "S": 1},
     "code_logprobs": {"N": 11, "K": 9},
     "slot_attention": {"B": 4, "G": 2, "L": 11, "Hq": 4, "Hk": 2, "D": 8},
 }
@@ -48,6 +56,10 @@ DESIGN = [
     ("cuda", "gumbel_quantize", "65536x8192x256", "bfloat16"),
     ("cuda", "gated_merge", "8192x2048x11008x128", "bfloat16"),
     *(
+        ("cuda", "decode_tail", f"{rows}x2048x11008x151936x128x2x0", "bfloat16")
+        for rows in (1, 64, 256)
+    ),
+    *(
         ("cuda", "sample_codes", f"{rows}x{size}", "bfloat16")
         for rows in (1, 64, 256)
         for size in (128, 8192)
@@ -56,7 +68,8 @@ DESIGN = [
 
 
 def test_every_op_has_an_entry_and_its_tests_exist() -> None:
-    assert set(ENTRIES) == set(OPS)
+    assert {name for name, entry in ENTRIES.items() if not entry.parts} == set(OPS)
+    assert all(part in OPS for entry in ENTRIES.values() for part in entry.parts)
     for entry in ENTRIES.values():
         assert (ROOT / entry.tests).is_file()
 
@@ -111,7 +124,8 @@ def runnable(entry) -> list[tuple[Peer, str, Pass]]:
         for peer in entry.contestants()
         for dtype in ("float32", "bfloat16")
         for which in entry.passes
-        if peer.name != "torch.compile" and peer.why_not("cpu", dtype, which) is None
+        if not (peer.name.startswith("torch.compile") or peer.backend)
+        and peer.why_not("cpu", dtype, which) is None
     ]
 
 
@@ -135,6 +149,14 @@ def test_inputs_are_the_same_in_every_process() -> None:
     for op, entry in ENTRIES.items():
         first, second = (entry.make_inputs(Shape(TINY[op]), CPU, torch.float32) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_floor_of_a_decode_tail_is_its_weights() -> None:
+    entry = ENTRIES["decode_tail"]
+    (shape,) = [s for s in entry.shapes if s["M"] == 1]
+    # 758 MB of weights, one merge block among them, and 6 MB of tables and states.
+    moved = entry.bytes_moved(shape, torch.bfloat16, Pass.FORWARD)
+    assert 758e6 < moved < 765e6
 
 
 def test_wrong_codes_are_counted() -> None:
@@ -167,6 +189,18 @@ class TestPeersComputeTheSame:
     def test_code_logprobs(self) -> None:
         t = self.inputs("code_logprobs")
         torch.testing.assert_close(code_logprobs.composed(t), code_logprobs.code_logprobs(t))
+
+    @pytest.mark.parametrize("sampled", [0, 1])
+    def test_decode_tail(self, sampled: int) -> None:
+        sizes = {**TINY["decode_tail"], "S": sampled}
+        t = ENTRIES["decode_tail"].make_inputs(Shape(sizes), CPU, torch.float32)
+        tail = decode_tail.Tail(t)
+        first = tail().clone()
+        greedy = {**t, "sampled": torch.tensor(0)}
+        assert torch.equal(decode_tail.spoken(greedy, first[:, 1]), first[:, 0]) == (not sampled)
+        # Each call is a step further along the rows' streams.
+        assert not torch.equal(tail(), first)
+        assert tail.rows.steps.tolist() == [2] * sizes["B"]
 
     def test_gumbel_quantize_up_to_its_noise(self) -> None:
         t = self.inputs("gumbel_quantize")

@@ -12,6 +12,8 @@ from benchmarks import report, results, roofline
 from benchmarks.registry import Goal
 from benchmarks.results import Results, judged, key_of, load
 
+MARKERS = report.MARKERS["cpu"]
+
 
 class TestRow:
     def test_rates_and_ratios(self, make_row) -> None:
@@ -169,19 +171,36 @@ class TestReport:
         text = report.markdown(data)
         assert "latent_rl 0 % wrong, 3.1 % re-ranked; mm+argmin 0.66 % wrong (18 % offset)" in text
 
-    def test_only_what_is_between_the_markers_changes(self, tmp_path) -> None:
-        path = tmp_path / "README.md"
-        path.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-        report.write_between(path, "new")
-        report.write_between(path, "newer")
-        assert path.read_text() == f"before\n{report.START}\nnewer\n{report.END}\nafter\n"
+    def test_a_floor_is_the_roof_of_the_row(self, make_row) -> None:
+        row = make_row(ours=50.0, gemm=40.0)
+        row["roof_ms"] = 25.0
+        assert results.judged(Goal(at_most_floor=2.1), row) == {
+            "goal": "<= 2.1x floor",
+            "value": 2.0,
+            "met": True,
+        }
+        assert results.judged(Goal(at_most_floor=1.9), row)["met"] is False
 
-    @pytest.mark.parametrize("text", ["", report.START, f"{report.END}\n{report.START}"])
+    def test_rows_of_our_own_table_are_no_peers(self, make_row) -> None:
+        row = make_row(**{"ours": 50.0, "gemm": 40.0, "mm": 60.0, "latent_rl (reference)": 5.0})
+        assert results.judged(Goal(1.0, "every peer"), row)["value"] == 60.0 / 50.0
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_only_what_is_between_the_markers_changes(self, device: str, tmp_path) -> None:
+        path = tmp_path / "README.md"
+        start, end = report.MARKERS[device]
+        other = "\n".join(report.MARKERS["cpu" if device == "cuda" else "cuda"])
+        path.write_text(f"{other}\n{start}\nold\n{end}\nafter\n")
+        report.write_between(path, "new", device)
+        report.write_between(path, "newer", device)
+        assert path.read_text() == f"{other}\n{start}\nnewer\n{end}\nafter\n"
+
+    @pytest.mark.parametrize("text", ["", MARKERS[0], "\n".join(reversed(MARKERS))])
     def test_a_file_without_markers_is_refused(self, text: str, tmp_path) -> None:
         path = tmp_path / "README.md"
         path.write_text(text)
         with pytest.raises(ValueError, match="expected the lines"):
-            report.write_between(path, "new")
+            report.write_between(path, "new", "cpu")
         assert path.read_text() == text
 
     def test_the_roofline_is_drawn(self, make_data, tmp_path) -> None:

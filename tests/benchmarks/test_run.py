@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import benchmarks.__main__ as command_line
 from benchmarks import report, results
 from benchmarks import run as running
-from benchmarks.registry import Pass, Shape, entries
+from benchmarks.registry import Pass, Peer, Shape, entries
 from benchmarks.ring import Process, Ring
 from benchmarks.run import Options, points
 from benchmarks.worker import Contestant, Failed, Ready, Task
@@ -91,10 +92,65 @@ class TestContestant:
         def broken(inputs, which):
             raise MemoryError("32 GiB\nand more")
 
-        monkeypatch.setattr("benchmarks.registry.Entry.contestant", lambda self, name: Broken)
-        Broken = type("Broken", (), {"make": staticmethod(broken), "own_stream": False})
+        monkeypatch.setattr(
+            "benchmarks.registry.Entry.contestant", lambda self, name: Peer(name, broken)
+        )
         answer = Contestant(threads=1).prepare(task(scratch=tmp_path))
         assert answer == Failed("MemoryError: 32 GiB")
+
+
+class TestRows:
+    """Our op once more per row of the dispatch table."""
+
+    def test_a_forced_row_serves_and_is_let_go(self, tmp_path: Path) -> None:
+        contestant = Contestant(threads=1)
+        before = os.environ.get("LATENT_RL_BACKEND")
+        forced = task("latent_rl (reference)", scratch=tmp_path)
+        assert isinstance(contestant.prepare(forced), Ready)
+        assert os.environ["LATENT_RL_BACKEND"] == "nearest_code=reference"
+        assert isinstance(contestant.prepare(task(scratch=tmp_path)), Ready)
+        assert os.environ.get("LATENT_RL_BACKEND") == before
+
+    def test_a_row_that_cannot_serve_says_so(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv("LATENT_RL_BACKEND", "")
+        answer = Contestant(threads=1).prepare(task("latent_rl (triton)", scratch=tmp_path))
+        assert isinstance(answer, Failed)
+        assert "forces triton, which cannot serve" in answer.reason
+
+    def test_who_takes_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        point = next(iter(points(Options(ops=["gated_merge"]), 1)))
+        assert not running.takes_part(point, "reference", Options())
+        assert running.takes_part(point, "reference", Options(rows=("reference",)))
+        assert not running.takes_part(point, "triton", Options(rows=("triton",)))
+        rows = [("cuda", None), ("triton", None), ("native", "CPU"), ("reference", None)]
+        monkeypatch.setattr(running.backends, "explain", lambda op, request: rows)
+        monkeypatch.setattr(running.backends, "serving", lambda op, device, dtype: "cuda")
+        on_gpu = replace(point, device="cuda")
+        taking = [name for name, _ in rows if running.takes_part(on_gpu, name, Options())]
+        assert taking == ["triton"]
+
+
+def test_what_was_preheated_is_not_built_again(tmp_path: Path, monkeypatch) -> None:
+    built = []
+    make = entries()["nearest_code"].make_inputs
+    entry = replace(
+        entries()["nearest_code"], make_inputs=lambda *a: (built.append(1), make(*a))[1]
+    )
+    monkeypatch.setattr("benchmarks.worker.entries", lambda: {"nearest_code": entry})
+    contestant = Contestant(threads=1)
+    assert contestant.preheat(task(scratch=tmp_path)) is None
+    assert isinstance(contestant.prepare(task(scratch=tmp_path)), Ready)
+    assert len(built) == 1
+    assert isinstance(contestant.prepare(task(scratch=tmp_path)), Ready)
+    assert len(built) == 2
+
+
+def test_several_compile_at_once(tmp_path: Path) -> None:
+    with Ring(threads=1) as group:
+        names = ("latent_rl", "mm+argmin")
+        group.preheat({name: task(name, scratch=tmp_path) for name in names}, workers=2)
+        for name in names:
+            assert isinstance(group[name].prepare(task(name, scratch=tmp_path)), Ready)
 
 
 class TestProcess:
@@ -146,9 +202,9 @@ def quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_roofs")
 def test_a_tiny_run_end_to_end(tmp_path: Path, machine, monkeypatch) -> None:
-    monkeypatch.setattr(running, "describe", lambda device, label: machine)
+    monkeypatch.setattr(running, "describe", lambda *asked: machine)
     output, readme = tmp_path / "out.json", tmp_path / "README.md"
-    readme.write_text(f"# title\n{report.START}\n{report.END}\n")
+    readme.write_text("# title\n" + "\n".join(report.MARKERS["cpu"]) + "\n")
     arguments = ["run", "--ops", "nearest_code", "--shapes", "64x8x16", "--rounds", "5"]
     arguments += ["--peers", "mm+argmin", "--threads", "1"]
     arguments += ["--output", str(output), "--summary", str(readme)]
@@ -168,7 +224,7 @@ def test_a_tiny_run_end_to_end(tmp_path: Path, machine, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("quick_roofs")
 def test_a_broken_row_costs_no_other(tmp_path: Path, machine, make_row, monkeypatch) -> None:
-    monkeypatch.setattr(running, "describe", lambda device, label: machine)
+    monkeypatch.setattr(running, "describe", lambda *asked: machine)
 
     def measure(point, *rest):
         if point.shape.tag == "8x8x8":
@@ -182,3 +238,13 @@ def test_a_broken_row_costs_no_other(tmp_path: Path, machine, make_row, monkeypa
     assert done.exit_code == 1
     assert "not measured: nearest_code forward N=8 D=8 K=8" in done.output
     assert len(results.load(tmp_path / "out.json")["rows"]) == 1
+
+
+@pytest.mark.usefixtures("quick_roofs")
+def test_no_row_begins_after_the_time_limit(tmp_path: Path, machine, monkeypatch) -> None:
+    monkeypatch.setattr(running, "describe", lambda *asked: machine)
+    output = tmp_path / "out.json"
+    arguments = ["run", "--ops", "nearest_code", "--shapes", "64x8x16", "--time-limit-s", "0"]
+    done = CliRunner().invoke(command_line.app, [*arguments, "--output", str(output)])
+    assert done.exit_code == 1
+    assert "1 rows: the time limit was reached; run again to resume" in done.output
