@@ -65,7 +65,7 @@ def _slot_attention_stretch_kernel(
     STRETCH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     stretch = tl.program_id(2)
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
@@ -140,20 +140,23 @@ def _slot_attention_join_kernel(
 ):
     query = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
+    top_ptr += query * stretches
+    mass_ptr += query * stretches
+    sum_ptr += query * stretches * E
+    # No branch in either loop: the loads of several turns are under way at once.
     top = tl.full((), float("-inf"), tl.float32)
+    for stretch in tl.range(STRETCHES, loop_unroll_factor=8):
+        top = tl.maximum(top, tl.load(top_ptr + stretch))
     mass = tl.full((), 0.0, tl.float32)
     total = tl.zeros((BLOCK_E,), tl.float32)
-    for stretch in range(STRETCHES):
-        at = query * stretches + stretch
-        here = tl.load(top_ptr + at)
-        if here > float("-inf"):
-            new_top = tl.maximum(top, here)
-            shrink = tl.exp(top - new_top)
-            grow = tl.exp(here - new_top)
-            part = tl.load(sum_ptr + at * E + e, mask=e < E, other=0.0)
-            mass = mass * shrink + tl.load(mass_ptr + at) * grow
-            total = total * shrink + part * grow
-            top = new_top
+    for stretch in tl.range(STRETCHES, loop_unroll_factor=8):
+        here = tl.load(top_ptr + stretch)
+        seen = here > float("-inf")
+        weight = tl.where(seen, tl.exp(here - tl.where(seen, top, 0.0)), 0.0)
+        wanted = e < tl.where(seen, E, 0)
+        part = tl.load(sum_ptr + stretch * E + e, mask=wanted, other=0.0)
+        mass += tl.load(mass_ptr + stretch) * weight
+        total += part * weight
     mean = tl.where(mass > 0.0, total / tl.where(mass > 0.0, mass, 1.0), 0.0)
     tl.store(out_ptr + query * E + e, mean.to(out_ptr.dtype.element_ty), mask=e < E)
 
@@ -166,12 +169,20 @@ def slot_attention(
     if INTERPRETED and dtype == torch.bfloat16:
         # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
         query, keys, values = query.float(), keys.float(), values.float()
-    query, keys, values = query.contiguous(), _heads(keys), _heads(values)
+    with torch.cuda.device_of(query):
+        out = _attend(query.contiguous(), _heads(keys), _heads(values), runs, longest, scale)
+    return out.to(dtype)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, runs: Tensor, longest: int, scale: float
+) -> Tensor:
+    """[N, Hq, E] in the query's dtype; launches on the current device."""
     rows, heads, dim = query.shape
     (positions, key_heads), width = keys.shape[:2], values.shape[2]
     out = torch.empty(rows, heads, width, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
-        return out.to(dtype)
+        return out
     config = CONFIGS[query.dtype]
     stretches = triton.cdiv(longest, config.stretch)
     parts = (rows, heads, stretches)
@@ -213,7 +224,7 @@ def slot_attention(
         STRETCHES=stretches,
         num_warps=1,
     )
-    return out.to(dtype)
+    return out
 
 
 def _heads(tensor: Tensor) -> Tensor:

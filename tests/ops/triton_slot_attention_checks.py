@@ -76,3 +76,27 @@ def test_runs_outside_the_storage_are_clamped_into_it() -> None:
 def test_no_rows() -> None:
     empty = torch.zeros(0, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 3)
     assert attend(*empty, torch.zeros(0, 5, dtype=torch.int64), 7).shape == (0, 4, 3)
+
+
+def test_launches_on_the_device_of_its_tensors(monkeypatch) -> None:
+    query, keys, values, runs, longest = case_of(SIZES[1], torch.float32)
+    entered = []
+    real = torch.cuda.device_of
+
+    def device_of(tensor):
+        entered.append(tensor.device)
+        return real(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    attend(query, keys, values, runs, longest)
+    assert entered == [query.device]
+
+
+def test_rows_that_see_nothing_between_rows_that_do() -> None:
+    query, keys, values, _, longest = case_of((3, 600, 4, 2, 16, 16), torch.float32)
+    runs = runs_of(torch.tensor([0, 5, 300]), torch.tensor([600, 5, 310]), longest)
+    out = attend(query, keys, values, runs, longest, 0.3)
+    assert out[1].eq(0).all()
+    torch.testing.assert_close(
+        out.double(), by_hand(query, keys, values, runs, 0.3), rtol=0, atol=5e-6
+    )
