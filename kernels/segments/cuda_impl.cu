@@ -144,6 +144,125 @@ __global__ void __launch_bounds__(kWarpSize) _place_rows_kernel(Sort sort) {
   }
 }
 
+// Rows that one block sorts by itself: codes and places of a warp's rows stay in its registers.
+constexpr int kSortThreads = 1024;
+constexpr int kSortWarps = kSortThreads / kWarpSize;
+constexpr int kRowsOfThread = 16;
+constexpr int kCodeBits = 16;
+static_assert(kRowsOfThread * kWarpSize < 1 << (31 - kCodeBits), "places fit above the code");
+static_assert(kSharedCodes < 1 << kCodeBits, "codes fit below the place");
+constexpr int64_t kRowsOfBlock = int64_t{kSortThreads} * kRowsOfThread;
+// Counters of every warp, where codes begin, and sums of the scan.
+constexpr size_t kMostSortBytes = 160 * 1024;
+size_t sort_bytes(int64_t num_codes) {
+  return sizeof(int) * static_cast<size_t>((kSortWarps + 1) * (num_codes + 1) + kSortWarps);
+}
+bool one_block_sorts(int64_t rows, int64_t num_codes) {
+  return rows <= kRowsOfBlock && num_codes < kSharedCodes &&
+         sort_bytes(num_codes) <= kMostSortBytes;
+}
+
+// Of the code's rows in this warp so far, how many; then this turn's lanes are added, by rank.
+__device__ int place_in_warp(int* counters, int code) {
+  const unsigned mates = __match_any_sync(kFullWarp, code);
+  const int rank = __popc(mates & ((1u << threadIdx.x % kWarpSize) - 1));
+  const int before = code >= 0 ? counters[code] : 0;
+  __syncwarp();
+  if (code >= 0 && rank == 0) counters[code] = before + __popc(mates);
+  __syncwarp();
+  return before + rank;
+}
+
+// counters[w][code] becomes the number of the code's rows in warps before w. Returns their sum.
+__device__ int offset_warps(int* counters, int64_t buckets) {
+  constexpr int kAtOnce = 8;
+  int before = 0;
+  for (int first = 0; first < kSortWarps; first += kAtOnce) {
+    int here[kAtOnce];
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) here[w] = counters[(first + w) * buckets];
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      counters[(first + w) * buckets] = before;
+      before += here[w];
+    }
+  }
+  return before;
+}
+
+// The sum of `value` over the threads before this one.
+__device__ int sum_before(int value, int* warp_sums) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  int sum = value;
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int lower = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane >= step) sum += lower;
+  }
+  if (lane == kWarpSize - 1) warp_sums[warp] = sum;
+  __syncthreads();
+  int below = lane < warp ? warp_sums[lane] : 0;
+  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+    below += __shfl_xor_sync(kFullWarp, below, step);
+  }
+  return below + sum - value;
+}
+
+// group_rows in one launch, for as many rows as the registers of a block hold. A warp takes
+// neighbouring rows, so that the order of warps, turns and lanes is that of the rows.
+__global__ void __launch_bounds__(kSortThreads) _group_rows_kernel(Sort sort) {
+  const int64_t buckets = sort.num_codes + 1;
+  int* counters = dynamic_shared<int>();
+  int* begins = counters + kSortWarps * buckets;
+  int* warp_sums = begins + buckets;
+  for (int64_t i = threadIdx.x; i < kSortWarps * buckets; i += kSortThreads) counters[i] = 0;
+  const int warp = threadIdx.x / kWarpSize;
+  const int turns = static_cast<int>((sort.rows + kSortThreads - 1) / kSortThreads);
+  const int64_t first_row =
+      int64_t{warp} * turns * kWarpSize + static_cast<int64_t>(threadIdx.x % kWarpSize);
+  // A row's code, then its place among the warp's rows of that code above the code's bits.
+  int codes[kRowsOfThread];
+#pragma unroll
+  for (int turn = 0; turn < kRowsOfThread; ++turn) {
+    const int64_t row = first_row + turn * kWarpSize;
+    codes[turn] = turn < turns && row < sort.rows ? code_of(sort, row) : -1;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int turn = 0; turn < kRowsOfThread; ++turn) {
+    if (turn >= turns) continue;
+    const int place = place_in_warp(counters + warp * buckets, codes[turn]);
+    if (codes[turn] >= 0) codes[turn] |= place << kCodeBits;
+  }
+  __syncthreads();
+  // Neighbouring buckets to a thread, so that a scan over threads is one over buckets.
+  const int64_t each = (buckets + kSortThreads - 1) / kSortThreads;
+  const int64_t begin = threadIdx.x * each;
+  const int64_t end = min(begin + each, buckets);
+  int mine = 0;
+  for (int64_t b = begin; b < end; ++b) {
+    begins[b] = offset_warps(counters + b, buckets);
+    mine += begins[b];
+  }
+  int at = sum_before(mine, warp_sums);
+  for (int64_t b = begin; b < end; ++b) {
+    const int count = begins[b];
+    begins[b] = at;
+    sort.first[b] = at;
+    if (b < sort.num_codes) sort.counts[b] = count;
+    at += count;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int turn = 0; turn < kRowsOfThread; ++turn) {
+    if (turn >= turns || codes[turn] < 0) continue;
+    const int code = codes[turn] & ((1 << kCodeBits) - 1);
+    const int place = codes[turn] >> kCodeBits;
+    sort.placed[begins[code] + counters[warp * buckets + code] + place] = {
+        static_cast<int>(first_row + turn * kWarpSize), code};
+  }
+}
+
 struct SumOnly {
   __device__ void begin_code(int, int64_t) {}
   __device__ void row(int, int64_t, const float*) {}
@@ -187,6 +306,10 @@ void group_rows(const GroupRowsArgs& args, void* stream) {
                      args.counts, args.workspace, args.workspace + chunks * buckets,
                      args.rows,   args.num_codes, chunk_rows(args.rows, args.num_codes),
                      chunks};
+  if (one_block_sorts(args.rows, args.num_codes)) {
+    launch(op, _group_rows_kernel, 1, kSortThreads, sort_bytes(args.num_codes), on, sort);
+    return;
+  }
   const size_t shared =
       args.num_codes <= kSharedCodes ? sizeof(int) * static_cast<size_t>(buckets) : 0;
   launch(op, _count_codes_kernel, static_cast<unsigned>(chunks), kCountThreads, shared, on, sort);

@@ -34,7 +34,7 @@ def current_stream(tensor: Tensor) -> int:
 
 
 def group_rows(codes: Tensor, num_codes: int) -> GroupedRows:
-    """Sort rows by code: four small launches, stable, no host sync.
+    """Sort rows by code: one launch, or four for many rows or codes; stable, no host sync.
 
     Args:
         codes: int64 [N] on the current CUDA device; rows with a code outside [0, K) have none.

@@ -32,7 +32,9 @@ def check_grouped(grouped: segments.GroupedRows, codes: torch.Tensor, num_codes:
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_codes"), [(1, 1), (31, 2), (1000, 7), (2500, 130), (5000, 1500), (100, 9000)]
+    ("rows", "num_codes"),
+    # One block sorts those before the last two: at 1200 codes a thread scans two of them.
+    [(1, 1), (31, 2), (1000, 7), (2500, 130), (5000, 1200), (16384, 3), (16385, 3), (100, 9000)],
 )
 def test_grouping_is_a_stable_sort(module, in_every_order, rows, num_codes) -> None:
     codes = codes_of(rows, num_codes)
