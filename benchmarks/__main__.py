@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: ``python -m benchmarks run|order|verify|profile|report``."""
+"""Command line of the benchmarks: ``python -m benchmarks COMMAND``; ``--help`` lists them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import report, results, roofline
+from benchmarks import counters as hardware
+from benchmarks import ncu, report, results, roofline
 from benchmarks import verify as verification
 from benchmarks.machine import ROOT, describe
 from benchmarks.order import lines_of, suggest
@@ -234,6 +235,39 @@ def profile(
     except ValueError as error:
         raise refuse(error) from error
     raise typer.Exit(code)
+
+
+@app.command()
+def counters(
+    ops: Names = "",
+    top: Annotated[int, typer.Option(min=1, help="kernels in the summary")] = 3,
+    raw: Annotated[Path | None, typer.Option(help="read this raw page, profile nothing")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the report")] = Path("runs/profiles"),
+    summary: Annotated[Path | None, typer.Option(help="Markdown file with the markers")] = None,
+    label: Label = "",
+    inside: Annotated[bool, typer.Option("--inside", hidden=True)] = False,
+) -> None:
+    """Hardware counters of every op's kernels at its GPU shapes, the slowest in a table."""
+    try:
+        chosen = hardware.cases(split(ops))
+        if inside:
+            hardware.inside(chosen, torch.device("cuda"))
+            return
+        if summary is not None:
+            report.check_markers(summary, "counters")
+        text = raw.read_text() if raw else hardware.collect(split(ops), out, typer.echo)
+        profiled = ncu.by_case(ncu.parse(text), [str(case) for case in chosen])
+    except (OSError, RuntimeError, ValueError) as error:
+        raise refuse(error) from error
+    machine = hardware.machine_of(label)
+    table = ncu.markdown(ncu.slowest(profiled, top), machine)
+    path = hardware.default_path(machine) if raw is None else out / "counters.json"
+    hardware.save(profiled, machine, path)
+    typer.echo(table)
+    typer.echo(f"wrote {path}")
+    if summary is not None:
+        report.write_between(summary, table, "counters")
+        typer.echo(f"wrote the table into {summary}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from benchmarks.worker import DTYPES, set_threads
 
 DOMAIN, RANGE = "latent_rl", "benchmark"
 WARM_UP = 5
+# ncu would lock the clocks at their base: times would not be those of the benchmark, and a shared
+# device's settings are not ours to change.
+CLOCKS = ("--clock-control=none",)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def ncu_command(target: Target, out: Path) -> list[str]:
     """Every counter of every kernel launched inside the range."""
     return [
         "ncu",
+        *CLOCKS,
         "--nvtx",
         f"--nvtx-include={DOMAIN}@{RANGE}/",
         "--profile-from-start=off",

@@ -12,10 +12,12 @@ from benchmarks.registry import OURS, UNITS
 from benchmarks.results import Row, key_of
 
 VERDICTS = {True: "met", False: "missed", None: "not measured"}
-# Per device type, so that a summary of one leaves the other's alone.
+# Per device type, so that a summary of one leaves the other's alone, and per profile.
 MARKERS = {
     "cpu": ("<!-- benchmarks:start -->", "<!-- benchmarks:end -->"),
     "cuda": ("<!-- benchmarks:cuda:start -->", "<!-- benchmarks:cuda:end -->"),
+    "counters": ("<!-- counters:start -->", "<!-- counters:end -->"),
+    "timeline": ("<!-- timeline:start -->", "<!-- timeline:end -->"),
 }
 
 

@@ -61,3 +61,15 @@ def test_runs_on_the_current_stream_and_another_device(cuda, other_cuda) -> None
         got = ops.sample_tokens(logits.to(other_cuda), seed=1)
     side.synchronize()
     assert torch.equal(got.cpu(), expected)
+
+
+def test_offsets_past_2_31(cuda) -> None:
+    rows = 16_000
+    free, _ = torch.cuda.mem_get_info(cuda)
+    if free < 3 * rows * VOCABULARY:
+        pytest.skip("needs 8 GB of device memory")
+    logits = torch.zeros(rows, VOCABULARY, dtype=torch.bfloat16, device=cuda)
+    logits[-2:] = logits_of(2, VOCABULARY, torch.bfloat16).to(cuda)
+    seeds = ops.row_seeds(0, rows, cuda)
+    last = ops.sample_tokens(logits, seed=seeds)[-2:]
+    assert torch.equal(last, ops.sample_tokens(logits[-2:].clone(), seed=seeds[-2:]))
