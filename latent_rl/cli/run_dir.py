@@ -19,7 +19,13 @@ from latent_rl.cli.errors import UserError
 from latent_rl.train.checkpoint_files import flush
 from latent_rl.train.run_lock import run_lock
 
-__all__ = ["RunDirectory", "checkpoint_in", "fingerprint", "weights_fingerprint"]
+__all__ = [
+    "RunDirectory",
+    "checkpoint_in",
+    "content_fingerprint",
+    "fingerprint",
+    "weights_fingerprint",
+]
 
 _RECORD = "step.json"
 _CHECKPOINT = "latent_config.json"
@@ -34,6 +40,14 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """A digest of settings, equal for equal settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_fingerprint(path: Path) -> str | None:
+    """A digest of a file's bytes, or None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -148,7 +162,7 @@ class RunDirectory:
         found = json.loads(record.read_text(encoding="utf-8")).get("fingerprint")
         if found != expected:
             raise UserError(
-                f"{directory}: was made with other settings; "
+                f"{directory}: was made with other settings or other data; "
                 "use --no-resume to replace it, or another --out"
             )
         return True

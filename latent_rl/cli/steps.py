@@ -15,8 +15,9 @@ import torch
 from latent_rl.cli import recipe_data
 from latent_rl.cli.errors import UserError
 from latent_rl.cli.recipe_rewards import resolve_reward
-from latent_rl.cli.run_dir import fingerprint
+from latent_rl.cli.run_dir import content_fingerprint, fingerprint
 from latent_rl.config import (
+    DataRecipe,
     Recipe,
     RecipeError,
     RLRecipe,
@@ -198,11 +199,16 @@ def _chained(previous: str, recipe: Recipe, item: StageRecipe | RLRecipe) -> str
             "previous": previous,
             # A baseline beside it does not make RL another step.
             "step": {k: v for k, v in dataclasses.asdict(item).items() if k != "baseline"},
-            "data": {name: dataclasses.asdict(recipe.data[name]) for name in item.data},
+            "data": {name: _data_mark(recipe.data[name]) for name in item.data},
             "seed": recipe.seed,
             "arguments": dict(recipe.arguments),
         }
     )
+
+
+def _data_mark(data: DataRecipe) -> dict[str, Any]:
+    """What makes a data set the same on a later run: what the recipe says, and the file's rows."""
+    return {**dataclasses.asdict(data), "content": content_fingerprint(data.path)}
 
 
 def _stage_step(recipe: Recipe, item: StageRecipe, index: int, mark: str) -> StageStep:
@@ -273,6 +279,8 @@ def _arguments(cls: type[Any], given: Mapping[str, Any], work: Path, where: str)
     machine = {
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Said aloud, or transformers refuses bf16 where there is no accelerator, dry runs included.
+        "use_cpu": not torch.accelerator.is_available(),
     }
     try:
         return cls(output_dir=str(work), **{**machine, **given})

@@ -41,7 +41,9 @@ def load_paper_json(path: str | Path, image_root: str | Path | None = None) -> l
         messages = _field(record, "messages", list, where)
         turns = [_with_image_parts(m, where) for m in messages if m.get("content")]
         markers = sum(part["type"] == "image" for t in turns for part in t["content"])
-        if markers != len(names):
+        # Captions, news and encyclopaedia pages name their image in no turn: `conversation_of` puts
+        # it before the first user turn's text.
+        if markers not in (0, len(names)):
             raise ValueError(f"{where}: {markers} <image> markers but {len(names)} images")
         rows.append(
             {

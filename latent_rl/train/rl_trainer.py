@@ -112,8 +112,10 @@ class LatentGRPOTrainer(BaseTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        check_rows(train_dataset, "train_dataset")
-        check_evaluation_rows(eval_dataset)
+        # A renderer of the user's own may read prompts that latent_rl.data does not.
+        reads = prompt_renderer is None
+        check_rows(train_dataset, "train_dataset", read_prompt=reads)
+        check_evaluation_rows(eval_dataset, read_prompt=reads)
         source, model = model, model_of(model, args.model_init_kwargs if args else None)
         args = args or LatentGRPOConfig(output_dir=output_dir_of(source, model))
         processing_class = processor_of(processing_class, source, model)

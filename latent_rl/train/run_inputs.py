@@ -112,8 +112,10 @@ def processor_of(
     )
 
 
-def check_rows(dataset: Any, name: str) -> None:
+def check_rows(dataset: Any, name: str, *, read_prompt: bool = True) -> None:
     """Check that a data set can be sampled, and that its first row is an RL row.
+
+    read_prompt: whether the prompt has to be one that `latent_rl.data` reads.
 
     Raises:
         TypeError: for data without a length, for splits, and for rows that are no mappings.
@@ -144,16 +146,17 @@ def check_rows(dataset: Any, name: str) -> None:
             f"LatentGRPOTrainer: {name} needs a column 'prompt' (chat messages or text), "
             f"its columns are {', '.join(sorted(map(str, first)))}"
         )
-    prompt_of(first, f"{name}, row 0")
+    if read_prompt:
+        prompt_of(first, f"{name}, row 0")
 
 
-def check_evaluation_rows(dataset: Any) -> None:
+def check_evaluation_rows(dataset: Any, *, read_prompt: bool = True) -> None:
     """As `check_rows`, for one evaluation set, several by name, or none."""
     if isinstance(dataset, Mapping):
         for split, rows in dataset.items():
-            check_rows(rows, f"eval_dataset[{split!r}]")
-    elif dataset is not None and not isinstance(dataset, str):
-        check_rows(dataset, "eval_dataset")
+            check_rows(rows, f"eval_dataset[{split!r}]", read_prompt=read_prompt)
+    elif dataset is not None:
+        check_rows(dataset, "eval_dataset", read_prompt=read_prompt)
 
 
 def output_dir_of(source: LatentActionModel | str | Path, model: LatentActionModel) -> str:

@@ -465,6 +465,20 @@ class TestBadInput:
         assert "was made with other settings" in capsys.readouterr().err
         assert run(["train", "recipe.yaml", "--no-resume", "--stage", STEPS[0]]) == 2
 
+    def test_changed_data_are_not_mixed_with_a_finished_run(
+        self, workspace: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(trained / "run", workspace / "run")
+        assert run(["train", "recipe.yaml", "--dry-run"]) == 0
+        rows = (workspace / "paired.jsonl").read_text(encoding="utf-8")
+        (workspace / "paired.jsonl").write_text(rows.replace("house", "boat"), encoding="utf-8")
+        assert run(["train", "recipe.yaml", "--dry-run"]) == 2
+        assert "was made with other settings or other data" in capsys.readouterr().err
+
+    def test_bf16_recipes_are_checked_and_run_without_an_accelerator(self, workspace: Path) -> None:
+        edit(workspace / "recipe.yaml", lambda r: r["arguments"].update(bf16=True))
+        assert run(["train", "recipe.yaml", "--dry-run"]) == 0
+
     def test_no_resume_replaces_a_run(self, workspace: Path, trained: Path) -> None:
         shutil.copytree(trained / "run" / STEPS[0], workspace / "run" / STEPS[0])
         edit(workspace / "recipe.yaml", _set("seed", value=1))

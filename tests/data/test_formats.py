@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from latent_rl.data import load_mmrole, load_paper_json, load_pcogalign
+from latent_rl.data import conversation_of, load_mmrole, load_paper_json, load_pcogalign
 from tests.data import fixtures as fx
 
 
@@ -35,6 +35,21 @@ def test_paper_text_only_record_has_no_images(tmp_path: Path) -> None:
     (row,) = load_paper_json(fx.write_records(tmp_path, [record]))
     assert row["images"] == []
     assert all(_kinds(message) == ["text"] for message in row["messages"])
+
+
+def test_paper_images_without_a_marker_come_first(tmp_path: Path) -> None:
+    """As in the paper's captions, news and encyclopaedia pages, three quarters of its pairs."""
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "Please observe the image."},
+        {"role": "assistant", "content": "A red square."},
+    ]
+    image = fx.write_image(tmp_path)
+    records = [fx.paper(image, messages=messages, instance_type="image_caption")]
+    (row,) = load_paper_json(fx.write_records(tmp_path, records))
+    turns, images = conversation_of(row)
+    assert [_kinds(turn) for turn in turns] == [["text"], ["image", "text"], ["text"]]
+    assert images == [str(tmp_path / image)]
 
 
 def test_paper_markers_must_fit_the_images(tmp_path: Path) -> None:

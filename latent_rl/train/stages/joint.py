@@ -69,12 +69,17 @@ class Joint(Stage):
             + self.nll_weight * (forward + backward)
             + self.cycle_weight * cycle
         )
-        metrics = {
+        # A term without rows is 0 in the loss, and no number in a mean over batches.
+        has_text, has_views = bool(trace.text_only.any()), not bool(trace.text_only.all())
+        paired = {
             "ce_paired": ce_paired.detach(),
-            "ce_text": ce_text.detach(),
             "nll_to_image_text": forward.detach(),
             "nll_to_text": backward.detach(),
-            "nll_cycle": cycle.detach(),
+        }
+        text = {"ce_text": ce_text.detach(), "nll_cycle": cycle.detach()}
+        metrics = {
+            **(paired if has_views else {}),
+            **(text if has_text else {}),
             "quantizer_loss": inferred.quantizer_loss.detach(),
             "code_entropy": entropy.detach(),
             **code_usage(inferred.codes, model.latent_config.num_codes),

@@ -56,7 +56,10 @@ class ProjectorWarmup(Stage):
         projector = require_projector(model, self.name)
         views = aligned_views(model, batch, trace_of(model, batch))
         forward, backward = projector_nll(projector, views)
-        count = max(1, views.text.numel())
+        if not len(views.text):
+            # Text-only rows teach it nothing, and are no zero in a mean over batches.
+            return StageOutput(forward + backward, {})
+        count = views.text.numel()
         mean = projector(views.text).detach().float()
         metrics = {
             "nll_to_image_text": forward.detach(),
