@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,12 @@ class StepGraphs:
         self, step: Step, call: Callable[[int, int], None], n: int, bound: int
     ) -> torch.cuda.CUDAGraph:
         """Warm up on the slots as they are, put them back, capture."""
+        with _casts_in_the_graph():
+            return self._captured(step, call, n, bound)
+
+    def _captured(
+        self, step: Step, call: Callable[[int, int], None], n: int, bound: int
+    ) -> torch.cuda.CUDAGraph:
         saved = step.snapshot()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -70,3 +77,18 @@ class StepGraphs:
             call(n, bound)
         self._pool = self._pool or graph.pool()
         return graph
+
+
+@contextmanager
+def _casts_in_the_graph() -> Iterator[None]:
+    """Under autocast, let weights be cast within the graph.
+
+    Autocast keeps the copy it casts of a weight until it ends. A graph that reads the copy instead
+    of the weight would read freed memory at the next rollout, and never see an update.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -54,6 +54,28 @@ def test_an_update_is_seen_without_a_new_graph(cuda) -> None:
     assert torch.equal(fresh.codes, after.codes)
 
 
+def test_an_update_is_seen_under_autocast(cuda) -> None:
+    case = on(cuda)
+    decoder = Decoder(case.model)
+
+    def codes(given: Decoder) -> torch.Tensor:
+        # Every rollout of a trainer has an autocast of its own.
+        with torch.autocast("cuda", torch.bfloat16):
+            return given.generate(case.inputs, **SETTINGS).generation.codes
+
+    before = codes(decoder)
+    with torch.no_grad():
+        for layer in case.model.latent.policy.tower.layers:
+            layer.self_attn.o_proj.weight.neg_().mul_(8)
+            layer.mlp.down_proj.weight.neg_().mul_(8)
+    # What the first rollout's copies of the weights held is somebody else's by now.
+    taken = [torch.full((1 << 20,), torch.nan, device=cuda) for _ in range(64)]
+    after = codes(decoder)
+    del taken
+    assert not torch.equal(before, after)
+    assert torch.equal(after, codes(Decoder(case.model, cuda_graphs=False)))
+
+
 def test_memory_stays_within_five_per_cent_of_the_plan(cuda) -> None:
     case = on(cuda, rows=4)
     decoder = Decoder(case.model, slots=64, cuda_graphs=False)
