@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from latent_rl import ops
-from latent_rl.train.replay import LAYOUTS, Replay, ReplayStates, action_logits, micro_batches
+from latent_rl.train.replay import (
+    LAYOUTS,
+    Replay,
+    ReplayStates,
+    action_logits,
+    attention,
+    kernels,
+    micro_batches,
+)
 from latent_rl.train.replay.attention import prepare_tower
-from latent_rl.train.replay.kernels import FlashVarlen, SdpaBlocks
+from latent_rl.train.replay.kernels import FlashVarlen, SdpaBlocks, choose_kernel
 from tests.tiny_models import ARCHITECTURES
 from tests.train.replay_world import (
     G,
@@ -285,6 +294,53 @@ def test_flash_attention_is_asked_for_the_same(window):
         ]
         assert len(found[0]) == length - part.begin
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_masked_blocks_hold_no_scores_where_heads_share_keys(monkeypatch):
+    packing = replay_of().batch(range(6)).states.tower_kwargs["packing"]
+    length = len(packing.restore)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(length, heads, 16, generator=generator) for heads in (4, 2, 2))
+    expected = SdpaBlocks().attend(
+        query, key, value, packing, scaling=0.3, window=None, dropout=0.0
+    )
+    masked = []
+
+    def watched(q, k, v, *, attn_mask, enable_gqa, **kwargs):
+        # PyTorch's fast CUDA kernels take shared heads or a mask, not both.
+        assert attn_mask is None or not enable_gqa
+        masked.append(attn_mask is not None)
+        return original(q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa, **kwargs)
+
+    original = kernels.scaled_dot_product_attention
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", watched)
+    found = SdpaBlocks(repeats_keys=True).attend(
+        query, key, value, packing, scaling=0.3, window=None, dropout=0.0
+    )
+    assert any(masked)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_chosen_by_the_dtype_it_runs_in(monkeypatch):
+    packing = replay_of().batch(range(6)).states.tower_kwargs["packing"]
+    length = len(packing.restore)
+    query, key, value = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))
+    given = []
+    choose = attention.choose_kernel
+    monkeypatch.setattr(
+        attention, "choose_kernel", lambda q, p: given.append(q.dtype) or choose(q, p)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        attention.packed_attention(None, query, key, value, None, packing=packing)
+    attention.packed_attention(None, query, key, value, None, packing=packing)
+    assert given == [torch.bfloat16, torch.float32]
+
+
+def test_cuda_never_gets_shared_heads_with_a_mask():
+    query = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(7, 4, 16))
+    packing = replay_of().batch(range(6)).states.tower_kwargs["packing"]
+    assert choose_kernel(query, packing) == SdpaBlocks(repeats_keys=True)
+    assert choose_kernel(torch.ones(7, 4, 16), packing) == SdpaBlocks()
 
 
 def test_towers_that_cannot_pack_are_named():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from latent_rl.nn.precision import autocast_dtype
 from latent_rl.train.replay.blocks import FULL, SLIDING, Packing
 from latent_rl.train.replay.kernels import choose_kernel
 
@@ -53,8 +54,10 @@ def packed_attention(
             )
     if packing is None:
         raise ValueError("replay: packed attention was called without a packing")
-    # [N, heads, D]: rows are gathered whole.
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    # [N, heads, D]: rows are gathered whole. Autocast would cast what was gathered, and a float32
+    # tower's rotary positions make float32 of what its products made.
+    dtype = autocast_dtype(query.device) or query.dtype
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     kernel = choose_kernel(query, packing)
     found = kernel.attend(
         query, key, value, packing, scaling=scaling, window=sliding_window, dropout=dropout

@@ -41,7 +41,14 @@ class PackedKernel(Protocol):
 
 @dataclass(frozen=True)
 class SdpaBlocks:
-    """Pieces of similar size padded into one call of `scaled_dot_product_attention`."""
+    """Pieces of similar size padded into one call of `scaled_dot_product_attention`.
+
+    repeats_keys  copy keys and values for the heads that share them where a block needs a mask.
+                  PyTorch's fast kernels on CUDA take shared heads or a mask, not both, and its
+                  plain one holds all scores.
+    """
+
+    repeats_keys: bool = False
 
     def attend(
         self,
@@ -59,15 +66,20 @@ class SdpaBlocks:
         for block in packing.blocks:
             rows, queries, keys = block.shape
             mask = block.mask(window)
+            shared = query.shape[1] // key.shape[1]
+            repeats = shared if mask is not None and self.repeats_keys else 1
+            seen, read = (_gather(states, block.keys, rows, keys) for states in (key, value))
+            if repeats > 1:
+                seen, read = (s.repeat_interleave(repeats, 1) for s in (seen, read))
             out = scaled_dot_product_attention(
                 _gather(query, block.queries, rows, queries),
-                _gather(key, block.keys, rows, keys),
-                _gather(value, block.keys, rows, keys),
+                seen,
+                read,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
                 scale=scaling,
-                enable_gqa=query.shape[1] > key.shape[1],
+                enable_gqa=shared > repeats,
             )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, packing.restore)
@@ -130,5 +142,5 @@ def choose_kernel(query: Tensor, packing: Packing) -> PackedKernel:
     """Flash-attention where it is installed and takes the input, else SDPA."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and query.shape[-1] <= 256 and packing.is_causal:
-        return _flash() or SdpaBlocks()
-    return SdpaBlocks()
+        return _flash() or SdpaBlocks(repeats_keys=True)
+    return SdpaBlocks(repeats_keys=query.is_cuda)
