@@ -50,7 +50,7 @@ def model():
 
 @pytest.fixture
 def record(machine, tmp_path):
-    made = Record("decode", machine, CPU, {"size": "tiny"}, folder=tmp_path)
+    made = Record("decode", machine, CPU, {"size": "tiny"}, dtype=torch.float32, folder=tmp_path)
     made.data["ceilings"].append({"copy_gb_per_s": 10.0, "gemm_gflop_per_s": {"float32": 50.0}})
     return made
 
@@ -182,17 +182,19 @@ def test_a_run_goes_on_where_it_stopped_on_the_same_commit_alone(record, machine
 
     def again(settings, **changed):
         made = replace(machine, **changed)
-        return Record("decode", made, CPU, settings, folder=tmp_path)
+        return Record("decode", made, CPU, settings, dtype=torch.float32, folder=tmp_path)
 
     # What failed is tried again.
     assert again({"size": "tiny"}).resume() == 1
     assert again({"size": "tiny"}, commit="another").resume() == 0
     assert again({"size": "tiny"}, dirty=True).resume() == 0
-    assert again({"size": "tiny", "dtype": "bfloat16"}).resume() == 0
+    assert again({"size": "tiny", "threads": 2}).resume() == 0
 
 
 def test_no_row_is_begun_when_it_is_late(machine, tmp_path):
-    late = Record("decode", machine, CPU, {"size": "tiny"}, folder=tmp_path, minutes=0)
+    late = Record(
+        "decode", machine, CPU, {"size": "tiny"}, dtype=torch.float32, folder=tmp_path, minutes=0
+    )
     late.add({"rows": 1}, "a", lambda: {"step_ms": 1.0})
     assert (late.left_out, late.rows) == (1, [])
 
@@ -233,7 +235,8 @@ def test_a_held_run_makes_the_steps_of_a_rollout(model):
 
 def test_decoding_has_a_row_for_every_contestant(tmp_path, capsys):
     made = main(
-        ["decode", "--size", "tiny", "--device", "cpu", "--out", str(tmp_path), "--rows", "2",
+        ["decode", "--size", "tiny", "--device", "cpu", "--dtype", "bfloat16", "--out",
+         str(tmp_path), "--rows", "2",
          "--contexts", "8", "--repeats", "1"]
     )  # fmt: skip
     assert [row["status"] for row in made.rows] == ["measured"] * 5
@@ -299,7 +302,9 @@ def test_the_paper_s_form_of_a_stage_has_the_same_loss(record):
         assert losses[0] == pytest.approx(losses[1], rel=1e-4), stage.name
 
 
-def test_stages_have_a_row_for_every_contestant(record):
+def test_stages_have_a_row_for_every_contestant(machine, tmp_path):
+    # As on a GPU: a bfloat16 backbone, float32 latent modules, autocast.
+    record = Record("stages", machine, CPU, {"size": "tiny"}, dtype=torch.bfloat16, folder=tmp_path)
     planned = StagesPlanned(rows=2, length=16, response=8, sft_layers=1, repeats=1)
     StagesBench(TINY, planned, record).measure()
     found = {(row["case"]["stage"], row["contestant"]): row for row in record.rows}
@@ -314,5 +319,5 @@ def test_stages_have_a_row_for_every_contestant(record):
         assert row["peak_bytes"] is None
     for stage in ("joint", "inverse_warmup"):
         assert found[stage, OURS]["first_loss"] == pytest.approx(
-            found[stage, PAPER]["first_loss"], rel=1e-2
+            found[stage, PAPER]["first_loss"], rel=3e-2
         )

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.machine import describe
-from benchmarks.train.scale.decode import DecodeBench, DecodePlanned, dtype_on
+from benchmarks.train.scale.decode import DecodeBench, DecodePlanned
 from benchmarks.train.scale.forecast import tell
 from benchmarks.train.scale.iteration import IterationCase, IterationRun
 from benchmarks.train.scale.record import RESULTS, Record
@@ -24,6 +24,7 @@ from benchmarks.train.scale.report import REPORTS
 from benchmarks.train.scale.sizes import QWEN_3B, SIZES, TINY, ScaleSizes
 from benchmarks.train.scale.stages import StagesBench, StagesPlanned
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLANS: dict[str, type[Any]] = {
     "decode": DecodePlanned,
     "iteration": IterationCase,
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         own.add_argument("--fresh", action="store_true", help="measure what is there again")
         own.add_argument("--label", default="", help="name of the machine")
         own.add_argument("--threads", type=int, help="of a CPU")
+        own.add_argument(
+            "--dtype", choices=sorted(DTYPES), help="default bfloat16 on a GPU, float32 on a CPU"
+        )
         for field in fields(plan):
             many = {"nargs": "*"} if isinstance(field.default, tuple) else {}
             own.add_argument(f"--{field.name.replace('_', '-')}", type=int, **many)
@@ -112,17 +116,17 @@ def main(arguments: list[str] | None = None) -> Record | None:
     if args.threads:
         torch.set_num_threads(args.threads)
     plan = plan_of(args)
-    dtype = dtype_on(device)
-    settings = {"size": sizes.name, "dtype": str(dtype).removeprefix("torch."), **asdict(sizes)}
+    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    settings = {"size": sizes.name, **asdict(sizes)}
     if device.type == "cpu":
         settings["threads"] = torch.get_num_threads()
     record = Record(
         args.kind, describe(device, args.label), device, settings,
-        folder=args.out, minutes=args.minutes,
+        dtype=dtype, folder=args.out, minutes=args.minutes,
     )  # fmt: skip
     if not args.fresh and (held := record.resume()):
         console.print(f"{held} rows are there already (--fresh measures them again)")
-    record.measure_ceilings(dtype)
+    record.measure_ceilings()
     measure(args.kind, sizes, plan, record)
     report = REPORTS[args.kind]
     console.print(report.table(record))

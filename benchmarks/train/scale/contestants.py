@@ -18,8 +18,8 @@ from latent_rl.decode.attention import attention_of
 from latent_rl.decode.step import Step
 from latent_rl.models import LatentActionModel
 
-# Replays of one part of a step.
-_PART_REPEATS = 20
+# Parts take a fraction of a millisecond: so many in a row are timed, so many times.
+_PART_CALLS, _PART_ROUNDS = 10, 5
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class HeldRun:
                     if problem != "CUDA graph":
                         raise RuntimeError(f"{name}: {problem}")
                 call()
-                found[name] = middle([call_ms(call, device) for _ in range(_PART_REPEATS)])
+                found[name] = middle([_calls_ms(call, device) for _ in range(_PART_ROUNDS)])
         self.rewind()
         return found
 
@@ -156,6 +156,14 @@ class HeldRun:
             "policy": policy,
             "tail": lambda: step.act(slice(0, n), state[:, 0], logits, hidden.dtype),
         }
+
+
+def _calls_ms(call: Callable[[], Any], device: torch.device) -> float:
+    def several() -> None:
+        for _ in range(_PART_CALLS):
+            call()
+
+    return call_ms(several, device) / _PART_CALLS
 
 
 @contextmanager

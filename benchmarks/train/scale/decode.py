@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.train.scale.clocks import middle
@@ -56,10 +55,10 @@ class DecodeBench:
     """The model and the contestants."""
 
     def __init__(self, sizes: ScaleSizes, planned: DecodePlanned, record: Record) -> None:
-        """Make the model in the record's device's dtype."""
+        """Make the model in the record's dtype."""
         self.sizes, self.planned, self.record = sizes, planned, record
         self.device = record.device
-        self.model: LatentActionModel = build_model(sizes, self.device, dtype_on(self.device))
+        self.model: LatentActionModel = build_model(sizes, self.device, record.dtype)
         self.loops = loops(self.model)
 
     def measure(self) -> None:
@@ -152,11 +151,6 @@ class DecodeBench:
 
 
 BYTES = ("trunk", "policy", "merge", "head", "kv", "kv_by_rows", "weights", "total")
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where it is the faster one."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def headings() -> tuple[str, ...]:

@@ -16,7 +16,6 @@ import latent_rl.decode.run as engine
 from benchmarks.train.rl_update import Bench, Reward
 from benchmarks.train.scale.clocks import Spans, free, middle, peak_memory, repeated_ms
 from benchmarks.train.scale.contestants import loop_times, loops
-from benchmarks.train.scale.decode import dtype_on
 from benchmarks.train.scale.record import AbsentError, Record, Row
 from benchmarks.train.scale.sizes import ScaleSizes, build_model, random_pictures
 from benchmarks.train.scale.token_level import TokenGrpo, TokenRollout
@@ -75,14 +74,14 @@ class Words:
 class IterationBench(Bench):
     """The trainer, as a user would make it, on a model with float32 latent modules.
 
-    On a GPU the backbone is bfloat16 and everything runs under autocast (``bf16=True``).
+    Where the backbone is bfloat16 everything runs under autocast (``bf16=True``).
     """
 
     def __init__(self, sizes: ScaleSizes, case: IterationCase, record: Record, folder: str) -> None:
         """Make model, trainer and optimizer; nothing is rolled out."""
         self.case: Any = case
         self.device = device = record.device
-        self.model = build_model(sizes, device, dtype_on(device), latent_dtype="float32")
+        self.model = build_model(sizes, device, record.dtype, latent_dtype="float32")
         self.inputs = random_pictures(sizes, case.prompts, case.prompt_tokens, device)
         self.args = LatentGRPOConfig(
             output_dir=folder,
@@ -94,7 +93,7 @@ class IterationBench(Bench):
             report_to="none",
             disable_tqdm=True,
             use_cpu=device.type == "cpu",
-            bf16=device.type == "cuda",
+            bf16=record.autocasts,
         )
         self.reward = Reward()
         rows = [{"prompt": "", "number": number} for number in range(case.prompts)]

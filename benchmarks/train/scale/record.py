@@ -41,11 +41,16 @@ class Record:
         device: torch.device,
         settings: Row,
         *,
+        dtype: torch.dtype,
         folder: Path = RESULTS,
         minutes: float | None = None,
     ) -> None:
-        """``minutes`` after which no row is begun; ``folder`` to write to."""
-        self.kind, self.device = kind, device
+        """``minutes`` after which no row is begun; ``folder`` to write to.
+
+        ``dtype`` of the backbone; training runs under autocast where it is not float32.
+        """
+        self.kind, self.device, self.dtype = kind, device, dtype
+        settings = {**settings, "dtype": str(dtype).removeprefix("torch.")}
         name = f"scale-{kind}-{machine.slug}-{settings['size']}.json"
         self.path, self._committed = folder / name, RESULTS / name
         self._ends = None if minutes is None else time.monotonic() + 60 * minutes
@@ -100,9 +105,14 @@ class Record:
                 return len(self.rows)
         return 0
 
-    def measure_ceilings(self, dtype: torch.dtype) -> None:
+    @property
+    def autocasts(self) -> bool:
+        """Whether training runs under autocast."""
+        return self.dtype != torch.float32
+
+    def measure_ceilings(self) -> None:
         """Copy bandwidth and matrix rate, now."""
-        self.data["ceilings"].append(measure_ceilings(self.device, (dtype,)))
+        self.data["ceilings"].append(measure_ceilings(self.device, (self.dtype,)))
         free(self.device)
 
     def holds(self, case: Row, contestant: str) -> bool:

@@ -38,7 +38,7 @@ class Report:
         if ceilings:
             caption = (
                 f"copy {record.copy_gb_per_s:.0f} GB/s (read + write), "
-                f"matrix product {record.gemm_gflop_per_s / 1e3:.1f} TFLOP/s, in the same run"
+                f"matrix product {record.gemm_gflop_per_s / 1e3:.3g} TFLOP/s, in the same run"
             )
         table = Table(title=self.title, caption=caption)
         for heading in self.headings:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.train.scale.clocks import free, middle, peak_memory, repeated_ms
-from benchmarks.train.scale.decode import dtype_on
 from benchmarks.train.scale.paper_stages import paper_form
 from benchmarks.train.scale.record import AbsentError, Record, Row
 from benchmarks.train.scale.sizes import ScaleSizes, build_model, random_pictures, random_text
@@ -29,7 +28,6 @@ from latent_rl.train.stages import (
 from latent_rl.train.token_loss import IGNORE_INDEX
 
 OURS, CACHED, PAPER = "ours", "ours, cached states", "the paper's form"
-_AUTOCAST = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -66,22 +64,22 @@ class StagesPlanned:
 
 
 class StagesBench:
-    """A model with float32 latent modules (bfloat16 under autocast on a GPU), and its batches."""
+    """Batches, and a model with float32 latent modules, under autocast if the backbone is not."""
 
     def __init__(self, sizes: ScaleSizes, planned: StagesPlanned, record: Record) -> None:
         """Make the model; the codebook is placed by the first batch, as a run does."""
         self.sizes, self.planned, self.record = sizes, planned, record
         self.device = record.device
         self.model: LatentActionModel = build_model(
-            sizes, self.device, dtype_on(self.device), latent_dtype="float32"
+            sizes, self.device, record.dtype, latent_dtype="float32"
         )
         with self.autocast():
             InverseWarmup().prepare(self.model, [self.batch(InverseWarmup())])
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """As ``bf16=True`` of the trainers; nothing on a CPU."""
-        with torch.autocast(self.device.type, dtype=_AUTOCAST, enabled=self.device.type == "cuda"):
+        """As ``bf16=True`` of the trainers, where the backbone is bfloat16."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.record.autocasts):
             yield
 
     def measure(self) -> None:
