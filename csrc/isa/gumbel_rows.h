@@ -9,60 +9,15 @@
 // scored. Codes further than 27 below the top cannot win: the noise lies in [-3.2, 22.9].
 #pragma once
 
+#include "isa/float_rows.h"
 #include "isa/rows.h"
 
 namespace latent_rl {
 namespace LATENT_RL_ISA_NAME {
 
-typedef uint32_t VecU32 __attribute__((vector_size(64)));
-
-constexpr int64_t kLanesRow = 16;
 constexpr int64_t kVectors = kNoiseBlock / kLanesRow;
 constexpr double kSlack = 1e-4;
 constexpr double kLargestTop = 1e8;
-constexpr float kVeryLowF = -1e30f;
-
-LRL_INLINE VecF splat_f(float v) { return VecF{} + v; }
-LRL_INLINE VecF load16(const float* p) {
-  VecF v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
-LRL_INLINE void store16(float* p, VecF v) { memcpy(p, &v, sizeof(v)); }
-LRL_INLINE VecF max_f(VecF a, VecF b) { return a > b ? a : b; }
-LRL_INLINE float max_lanes_f(VecF v) {
-  float best = v[0];
-  for (int lane = 1; lane < kLanesRow; ++lane) best = v[lane] > best ? v[lane] : best;
-  return best;
-}
-
-// A sum in float64 of float32 lanes.
-struct WideSum {
-  VecD low = VecD{};
-  VecD high = VecD{};
-
-  LRL_INLINE void add(VecF v) {
-    HalfF a, b;
-    split(v, &a, &b);
-    low += widen(a);
-    high += widen(b);
-  }
-  LRL_INLINE double total() const { return sum_lanes(low + high); }
-};
-
-LRL_INLINE VecF load_some16(const float* p, int64_t count) {
-  if (count >= kLanesRow) return load16(p);
-  VecF v = VecF{};
-  for (int64_t lane = 0; lane < count; ++lane) v[lane] = p[lane];
-  return v;
-}
-template <typename T>
-LRL_INLINE void store_some16(T* p, VecF v, int64_t count) {
-  HalfF low, high;
-  split(v, &low, &high);
-  store_some(p, widen(low), count);
-  if (count > kLanesD) store_some(p + kLanesD, widen(high), count - kLanesD);
-}
 
 // Widens a row to float32, padded with -inf to padded(num_codes). Returns the maximum, or NaN for
 // an invalid row: it holds NaN or +inf, or nothing but -inf.

@@ -1,3 +1,4 @@
+#include "isa/float_rows.h"
 #include "isa/functions.h"
 #include "isa/rows.h"
 #include "isa/select.h"
@@ -292,6 +293,25 @@ void truncated_row(const SampleArgs& args, int64_t at, const Workspace& w) {
                log_mass[0] - sums.weighted / sums.mass);
 }
 
+// softmax(logits), bit for bit that of code_logprobs.
+struct Full {
+  double top, log_mass, entropy;
+  double logprob(double logit) const { return logit - top - log_mass; }
+};
+
+// `w.row` holds the logits as float64, padded.
+Full full_softmax(const double*, int64_t num_codes, double top, const Workspace& w) {
+  const SoftmaxSums sums = softmax_sums(w.row, num_codes, top);
+  return {top, sums.log_mass, sums.entropy()};
+}
+template <typename T>
+Full full_softmax(const T* logits, int64_t num_codes, double top, const Workspace& w) {
+  const FloatRow row = read_float_row(logits, num_codes, 0, reinterpret_cast<float*>(w.listed));
+  const FloatSums sums = softmax_sums(row, num_codes, reinterpret_cast<float*>(w.values));
+  const FloatStatistics statistics(splat(sums.rest), splat(sums.weighted));
+  return {top, statistics.log_mass[0], statistics.entropy[0]};
+}
+
 // A row with every code: one softmax at T = 1, and a second one of logits / T otherwise.
 template <typename T>
 void whole_row(const SampleArgs& args, int64_t at, const Workspace& w) {
@@ -300,18 +320,19 @@ void whole_row(const SampleArgs& args, int64_t at, const Workspace& w) {
   const double full_top = widen_row(logits, num_codes, w.row);
   const double top = full_top / args.temperature;
   if (!(top < kInf && top > -kInf)) return write_invalid<T>(args, at);
-  const SoftmaxSums full = softmax_sums(w.row, num_codes, full_top);
-  SoftmaxSums sums = full;
+  const Full full = full_softmax(logits, num_codes, full_top, w);
+  Full tempered = full;
   if (args.temperature != 1.0) {
     for (int64_t k = 0; k < padded(num_codes); k += kLanesD) {
       store8(w.row + k, load8(w.row + k) / args.temperature);
     }
-    sums = softmax_sums(w.row, num_codes, top);
+    const SoftmaxSums sums = softmax_sums(w.row, num_codes, top);
+    tempered = {top, sums.log_mass, sums.entropy()};
   }
   const int64_t code = argmax_with_noise(w.row, num_codes, key_of_row(args, at),
                                          reinterpret_cast<uint32_t*>(w.positions));
-  write_row<T>(args, at, code, sums.logprob(w.row[code]), full.logprob(to_double(logits[code])),
-               sums.entropy());
+  write_row<T>(args, at, code, tempered.logprob(w.row[code]), full.logprob(to_double(logits[code])),
+               tempered.entropy);
 }
 
 template <typename T>
@@ -319,8 +340,8 @@ void greedy_row(const SampleArgs& args, int64_t at, const Workspace& w) {
   const T* logits = static_cast<const T*>(args.logits) + at * args.row_stride;
   const double top = widen_row(logits, args.num_codes, w.row);
   if (is_nan(top)) return write_invalid<T>(args, at);
-  write_row<T>(args, at, argmax(w.row, args.num_codes), 0.0,
-               -log1(softmax_mass(w.row, args.num_codes, top)), 0.0);
+  const double log_mass = full_softmax(logits, args.num_codes, top, w).log_mass;
+  write_row<T>(args, at, argmax(w.row, args.num_codes), 0.0, -log_mass, 0.0);
 }
 
 // Distinct float32 logits stay distinct, and finite, when divided by a temperature in this range.

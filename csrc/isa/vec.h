@@ -62,6 +62,16 @@ template <typename T>
 using Acc = typename AccOf<T>::type;
 
 LRL_INLINE VecD splat(double value) { return VecD{} + value; }
+LRL_INLINE VecF splat_f(float value) { return VecF{} + value; }
+
+// a > b ? a : b, which GCC makes of two instructions.
+LRL_INLINE VecF max_f(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecF>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // --- Loads: eight elements of any dtype as float64 (exact). ---
 
@@ -189,6 +199,14 @@ LRL_INLINE void store_some(T* p, VecD v, int64_t count) {
 // The two halves of a vector; joining halves pairwise needs a third of the work of reading lanes.
 template <typename Half, typename Vec>
 LRL_INLINE void split(const Vec& v, Half* low, Half* high) {
+#if defined(__AVX512F__)
+  // Read from memory, the vector would be kept there by GCC, also in the loop that adds to it.
+  if constexpr (sizeof(Vec) == 64) {
+    *low = bit_cast<Half>(_mm512_castsi512_si256(bit_cast<__m512i>(v)));
+    *high = bit_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xf, bit_cast<__m512i>(v), 1));
+    return;
+  }
+#endif
   memcpy(low, &v, sizeof(Half));
   memcpy(high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
 }
@@ -252,10 +270,10 @@ LRL_INLINE VecD exp(VecD x) {
 }
 
 // exp in float32 for x <= 88, within 2 ulp; below -86 the result is 0 (true value under 5e-38).
-LRL_INLINE VecF exp(VecF x) {
+constexpr float kLeastExponent = -86.0f;
+// exp(x) of x and of max(x, kLeastExponent), where the caller has both.
+LRL_INLINE VecF exp(VecF x, VecF clamped) {
   const VecF shifter = VecF{} + 0x1.8p23f;
-  const VecF least = VecF{} - 86.0f;
-  const VecF clamped = x < least ? least : x;
   const VecF shifted = clamped * 0x1.715476p+0f + shifter;
   const VecF n = shifted - shifter;
   const VecF r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
@@ -268,8 +286,9 @@ LRL_INLINE VecF exp(VecF x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const VecF y = bit_cast<VecF>(bit_cast<VecI32>(p) + (bit_cast<VecI32>(shifted) << 23));
-  return x < least ? VecF{} : y;
+  return x < splat_f(kLeastExponent) ? VecF{} : y;
 }
+LRL_INLINE VecF exp(VecF x) { return exp(x, max_f(splat_f(kLeastExponent), x)); }
 
 // log of positive normal numbers. The reduction and the polynomial are FDLIBM's.
 LRL_INLINE VecD log(VecD x) {
@@ -293,6 +312,12 @@ LRL_INLINE VecD log(VecD x) {
 }
 
 LRL_INLINE double log1(double x) { return log(splat(x))[0]; }
+
+// log(1 + x) for x >= 0, relatively good also near 0: what 1 + x lost in rounding is added back.
+LRL_INLINE VecD log1p(VecD x) {
+  const VecD u = x + 1.0;
+  return log(u) + (x - (u - 1.0)) / u;
+}
 
 // --- Running a lambda over tasks. ---
 

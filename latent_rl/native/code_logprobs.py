@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latent_rl import _C
-from latent_rl.native._call import accumulator, address, dtype_code, rows_of, threads
+from latent_rl.native._call import accumulator, address, dtype_code, empty, rows_of, threads
 
 __all__ = ["code_logprobs_backward", "code_logprobs_forward"]
 
@@ -26,22 +26,23 @@ def code_logprobs_forward(
     """
     rows, num_codes = logits.shape
     logits, codes, ref_logits = _prepared(logits, codes, ref_logits)
-    out = [torch.empty(rows, dtype=accumulator(logits.dtype)) for _ in range(3)]
+    logprob = torch.empty(rows, dtype=accumulator(logits.dtype))
+    entropy, kl = torch.empty_like(logprob), torch.empty_like(logprob)
     _C.logprobs_forward(
         dtype_code("code_logprobs", logits),
         address(logits),
         address(ref_logits),
         address(codes),
-        address(out[0]),
-        address(out[1]),
-        address(out[2]),
+        address(logprob),
+        address(entropy),
+        address(kl),
         rows,
         num_codes,
         _row_stride(logits),
         _row_stride(ref_logits),
         threads(),
     )
-    return out[0], out[1], out[2]
+    return logprob, entropy, kl
 
 
 def code_logprobs_backward(
@@ -59,8 +60,11 @@ def code_logprobs_backward(
     rows, num_codes = logits.shape
     logits, codes, ref_logits = _prepared(logits, codes, ref_logits)
     acc = accumulator(logits.dtype)
-    grads = [g.to(acc).contiguous() for g in (grad_logprob, grad_entropy, grad_kl)]
-    dlogits = torch.empty((rows, num_codes), dtype=logits.dtype)
+    grads = [
+        (g if g.dtype == acc else g.to(acc)).contiguous()
+        for g in (grad_logprob, grad_entropy, grad_kl)
+    ]
+    dlogits = empty((rows, num_codes), logits.dtype)
     _C.logprobs_backward(
         dtype_code("code_logprobs", logits),
         address(logits),

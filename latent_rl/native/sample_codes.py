@@ -36,7 +36,8 @@ def sample_codes(
         NaN or +inf, or without a code left, gives code -1 and NaN.
     """
     logits, seeds, offsets = rows_of(logits), seeds.contiguous(), offsets.contiguous()
-    codes, logprob, logprob_full, entropy = _outputs(logits)
+    rows, num_codes = logits.shape
+    codes, logprob, logprob_full, entropy = _outputs(logits, seeds)
     _C.sample_codes(
         dtype_code("sample_codes", logits),
         address(logits),
@@ -50,9 +51,9 @@ def sample_codes(
         address(logprob),
         address(logprob_full),
         address(entropy),
-        logits.shape[0],
-        logits.shape[1],
-        max(logits.stride(0), logits.shape[1]),
+        rows,
+        num_codes,
+        max(logits.stride(0), num_codes),
         threads(),
     )
     return codes, logprob, logprob_full, entropy
@@ -81,7 +82,7 @@ def sample_codes_cuda(
         )
     logits, seeds, offsets = rows_of(logits), seeds.contiguous(), offsets.contiguous()
     with torch.cuda.device(logits.device):
-        codes, logprob, logprob_full, entropy = _outputs(logits)
+        codes, logprob, logprob_full, entropy = _outputs(logits, seeds)
         _C.sample_codes_cuda(
             dtype_code("sample_codes", logits),
             address(logits),
@@ -103,9 +104,8 @@ def sample_codes_cuda(
     return codes, logprob, logprob_full, entropy
 
 
-def _outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, device = logits.shape[0], logits.device
-    codes = torch.empty(rows, dtype=torch.int64, device=device)
-    logprob = torch.empty(rows, dtype=accumulator(logits.dtype), device=device)
-    # Cheaper than naming dtype and device again: this runs once per decoded token.
+def _outputs(logits: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Cheaper than naming shape, dtype and device: this runs once per decoded token.
+    codes = torch.empty_like(seeds)
+    logprob = torch.empty_like(codes, dtype=accumulator(logits.dtype))
     return codes, logprob, torch.empty_like(logprob), torch.empty_like(logprob)

@@ -108,9 +108,11 @@ def sample_codes(
     rows, device = logits.shape[0], logits.device
     seeds = row_seeds(seed, rows, device)
     offsets = offsets_of(OP, offset, rows, device)
+    if logits.requires_grad:
+        logits = logits.detach()
     return SampleCodesOutput(
         *torch.ops.latent_rl.sample_codes(
-            logits.detach(), float(temperature), top_k, float(top_p), float(min_p), seeds, offsets
+            logits, float(temperature), top_k, float(top_p), float(min_p), seeds, offsets
         )
     )
 
@@ -124,4 +126,4 @@ def offsets_of(op: str, offset: int | Tensor, rows: int, device: torch.device) -
     if offset.ndim == 0:
         return offset.to(device).expand(rows)
     _checks.check_shape(op, "offset", offset, (rows,))
-    return offset.to(device)
+    return offset if offset.device == device else offset.to(device)

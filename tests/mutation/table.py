@@ -52,8 +52,8 @@ MUTATIONS = (
     Mutation(
         "code_logprobs native: the KL's gradient loses its mean",
         "csrc/isa/code_logprobs.cpp",
-        "+ shift_q) - row.kl);",
-        "+ shift_q));",
+        "load16(row.q.logits.at + k)) - gap) - kl);",
+        "load16(row.q.logits.at + k)) - gap));",
         (f"{_OPS}code_logprobs.py", *_FAST),
     ),
     Mutation(

@@ -158,6 +158,101 @@ def test_code_logprobs_against_the_oracle(isa: str, dtype: torch.dtype) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
+def float64_statistics(
+    logits: torch.Tensor, codes: torch.Tensor, ref: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability, entropy and KL in float64, the last by terms that do not cancel."""
+    log_p, log_q = logits.double().log_softmax(-1), ref.double().log_softmax(-1)
+    x, p = log_p - log_q, log_p.exp()
+    cost = torch.where(x.abs() < 1e-2, x**2 / 2 - x**3 / 6 + x**4 / 24, x + torch.expm1(-x))
+    chosen = log_p.gather(-1, codes[:, None])[:, 0]
+    return chosen, -(p * log_p).sum(-1), (p * cost).sum(-1)
+
+
+@pytest.mark.parametrize("num_codes", [128, 1000, 8192])
+@pytest.mark.parametrize("distance", [3.0, 1.0, 0.6, 1e-1, 1e-3, 1e-5])
+def test_kls_keep_their_digits_at_any_distance(isa: str, num_codes: int, distance: float) -> None:
+    generator = torch.Generator().manual_seed(14)
+    logits = 3 * torch.randn(16, num_codes, generator=generator)
+    ref = logits + distance * torch.randn(16, num_codes, generator=generator)
+    codes = torch.arange(16)
+    got = code_logprobs_forward(logits, codes, ref)
+    expected = float64_statistics(logits, codes, ref)
+    for mine, theirs in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=3e-7, atol=3e-7)
+    # Differences of close logits are exact, their mean leaves one rounding of a float32 near 10.
+    rtol = 1e-6 + 1e-6 / distance
+    torch.testing.assert_close(got[2].double(), expected[2], rtol=rtol, atol=0)
+    assert code_logprobs_forward(logits, codes, logits)[2].eq(0).all()
+
+
+def test_near_certain_rows_keep_their_digits(isa: str) -> None:
+    lead = torch.tensor([2.0, 20.0, 40.0, 60.0, 80.0])
+    logits = torch.zeros(5, 300)
+    logits[:, 7] = lead
+    codes = torch.full((5,), 7)
+    logprob, entropy, _ = code_logprobs_forward(logits, codes, None)
+    # 299 codes of probability exp(-lead) / mass, and what the likeliest lacks to 1. float64's
+    # log_softmax has lost these digits.
+    others = 299 * (-lead.double()).exp()
+    torch.testing.assert_close(logprob.double(), -others.log1p(), rtol=1e-6, atol=0)
+    expected = others.log1p() + others * lead / (1 + others)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-6, atol=0)
+    ones, zeros = torch.ones(5), torch.zeros(5)
+    grad = code_logprobs_backward(ones, zeros, zeros, logits, codes, None)
+    torch.testing.assert_close(grad[:, 7].double(), others / (1 + others), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("behind", [1.0, 60.0, 200.0])
+def test_a_code_the_reference_masks_is_infinitely_far_however_unlikely(
+    isa: str, behind: float
+) -> None:
+    logits, ref = torch.zeros(3, 20), torch.zeros(3, 20)
+    logits[0, 11] = -behind
+    ref[0, 11] = -torch.inf
+    logits[1, 3:] = ref[1, 3:] = -torch.inf
+    logits[2, 3:] = -torch.inf
+    kl = code_logprobs_forward(logits, torch.zeros(3, dtype=torch.int64), ref)[2]
+    assert kl.tolist() == pytest.approx([np.inf, 0.0, np.log(20 / 3)], rel=1e-6)
+
+
+def test_not_a_number_is_found_whatever_its_bits(isa: str) -> None:
+    for bits in (0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -0x7FFFFF):
+        for column in (0, 18):
+            logits, ref = torch.zeros(2, 20), torch.zeros(2, 20)
+            logits[0].view(torch.int32)[column] = bits
+            ref[1].view(torch.int32)[column] = bits
+            codes = torch.zeros(2, dtype=torch.int64)
+            for values in code_logprobs_forward(logits, codes, ref):
+                assert values.isnan().all()
+            ones = torch.ones(2)
+            assert not code_logprobs_backward(ones, ones, ones, logits, codes, ref).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_code_logprobs_backward_without_a_reference_or_its_weight(
+    isa: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(15)
+    logits, ref = (2 * torch.randn(2, 9, 37, generator=generator)).to(dtype)
+    codes = torch.randint(37, (9,), generator=generator)
+    grads = list(torch.randn(3, 9, generator=generator).to(logits.double().dtype))
+    grads = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in grads]
+    p = logits.double().softmax(-1)
+    log_p = logits.double().log_softmax(-1)
+    entropy = -(p * log_p).sum(-1, keepdim=True)
+    weights = [g.double()[:, None] for g in grads]
+    one_hot = torch.nn.functional.one_hot(codes, 37)
+    expected = weights[0] * (one_hot - p) - weights[1] * p * (log_p + entropy)
+    # One rounding to the dtype, after float32's own.
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+    tolerance = {"rtol": 2 * rtol[dtype], "atol": 2 * rtol[dtype] * 1e-1}
+    got = code_logprobs_backward(*grads, logits, codes, None)
+    torch.testing.assert_close(got.double(), expected, **tolerance)
+    without = code_logprobs_backward(*grads[:2], torch.zeros_like(grads[2]), logits, codes, ref)
+    assert torch.equal(without, got)
+
+
 def finite_differences(
     function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor
 ) -> torch.Tensor:
