@@ -270,5 +270,39 @@ def counters(
         typer.echo(f"wrote the table into {summary}")
 
 
+@app.command()
+def timeline(
+    device: Device = "cpu",
+    prompts: Annotated[int, typer.Option(min=1)] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="tokens a completion")] = 64,
+    out: Annotated[Path, typer.Option(help="folder of trace and picture")] = Path("runs/profiles"),
+    summary: Annotated[Path | None, typer.Option(help="Markdown file with the markers")] = None,
+    label: Label = "",
+) -> None:
+    """One RL iteration as a chrome trace, a picture and a table of its phases."""
+    # Imported here: the other commands need no trainer.
+    from benchmarks import timeline as recording
+    from benchmarks import trace as traces
+
+    where, sizes = torch.device(device), recording.Sizes(prompts=prompts, steps=steps)
+    try:
+        if summary is not None:
+            report.check_markers(summary, "timeline")
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"rl-iteration-{device}.json.gz"
+        recording.record(sizes, where, path)
+        trace = traces.read(path)
+    except (OSError, ValueError) as error:
+        raise refuse(error) from error
+    table = traces.markdown(traces.rows_of(trace), describe(where, label).as_dict(), str(sizes))
+    plot = path.with_name(f"rl-iteration-{device}.png")
+    problem = traces.draw(trace, plot)
+    typer.echo(table)
+    typer.echo(f"wrote {path}" + (f"; no picture: {problem}" if problem else f" and {plot.name}"))
+    if summary is not None:
+        report.write_between(summary, table, "timeline")
+        typer.echo(f"wrote the table into {summary}")
+
+
 if __name__ == "__main__":
     app()

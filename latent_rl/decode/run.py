@@ -20,6 +20,7 @@ from latent_rl.decode.settings import DecodeSettings, Steering
 from latent_rl.decode.stopping import StopStrings
 from latent_rl.decode.workspace import Workspace
 from latent_rl.models import LatentActionModel
+from latent_rl.ops.ranges import phase
 
 __all__ = ["DecodeRun", "Job"]
 
@@ -138,7 +139,7 @@ class DecodeRun:
     def _decode(self) -> Iterator[Piece]:
         while self._queue or self._slots:
             # Left before a piece is handed out: what its receiver does is not ours to change.
-            with torch.no_grad():
+            with phase("decode"), torch.no_grad():
                 self._admit()
                 pieces = self._speak()
             yield from pieces
@@ -202,7 +203,8 @@ class DecodeRun:
         """Read them in one batch; when that fails, one by one, to find who is to blame."""
         given = [self._job.prompts[prompt] for prompt in prompts]
         try:
-            found = prefill(self._model, given, pad_id(self._model))
+            with phase("prefill"):
+                found = prefill(self._model, given, pad_id(self._model))
         except torch.OutOfMemoryError:
             raise
         except _PROMPT_ERRORS as error:

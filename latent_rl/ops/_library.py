@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import nvtx
 import torch
 from torch import Tensor
 
 from latent_rl import backends
-
-NAMESPACE = "latent_rl"
-
-# A domain and attributes made once: pushing and popping costs about 40 ns where no profiler listens
-# (2-core AMD EPYC Zen 4 VM); `nvtx.annotate` costs about 500.
-_NVTX: Any = nvtx.get_domain(NAMESPACE)
+from latent_rl.ops.ranges import DOMAIN, NAMESPACE
 
 # Kept alive for the life of the process: dropping a Library unregisters its ops.
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
@@ -42,13 +36,13 @@ def define(
         finish: turns what the row returned into the results of the schema; nothing by default.
     """
 
-    message = _NVTX.get_event_attributes(message=f"{NAMESPACE}::{function}")
+    message = DOMAIN.get_event_attributes(message=f"{NAMESPACE}::{function}")
 
     def kernel(*args: Any) -> Any:
         first = args[0]
         device = first.device
         request = backends.Request(device, first.dtype)
-        _NVTX.push_range(message)
+        DOMAIN.push_range(message)
         try:
             if torch.is_autocast_enabled(device.type):
                 # What an implementation multiplies in float32 must stay float32.
@@ -58,7 +52,7 @@ def define(
                 result = backends.implementation(op, function, request)(*args)
             return result if finish is None else finish(result)
         finally:
-            _NVTX.pop_range()
+            DOMAIN.pop_range()
 
     _LIBRARY.define(function + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

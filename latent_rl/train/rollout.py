@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from latent_rl.ops.ranges import phase
 from latent_rl.rewards import RewardFailure, RewardFunction, RewardTable, score_rows
 from latent_rl.train.advantages import RewardScale, group_advantages
 from latent_rl.train.completions import CompletionMaker, PromptRenderer, Row
@@ -158,7 +159,8 @@ class RolloutWorker:
         mask = made.mask
         ids = [row[keep].tolist() for row, keep in zip(made.ids, mask, strict=True)]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        table = self._score(rows, texts, ids, columns)
+        with phase("reward"):
+            table = self._score(rows, texts, ids, columns)
         device = mask.device
         # Every completion that stopped before the batch's last step ended by a token; one as long
         # as the batch did only if its last token is an end.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from latent_rl.ops.ranges import phase
+
 __all__ = ["Spending", "SpendingMeter", "spending_of"]
 
 PREFIX = "spent/"
@@ -100,7 +102,8 @@ class SpendingMeter(TrainerCallback):
         """Around one rollout, normally inside :meth:`step`."""
         started = time.perf_counter()
         try:
-            yield
+            with phase("rollout"):
+                yield
         finally:
             self._add(time.perf_counter() - started, 0.0)
             self._rollouts += 1
@@ -110,7 +113,9 @@ class SpendingMeter(TrainerCallback):
         """Around one training step; what :meth:`rollout` takes of it is no update."""
         started, before = time.perf_counter(), self._seconds[0]
         try:
-            yield
+            # A rollout inside it is no update, here as in a timeline.
+            with phase("update"):
+                yield
         finally:
             rollout = self._seconds[0] - before
             self._add(0.0, time.perf_counter() - started - rollout)

@@ -110,3 +110,31 @@ def test_compiled_code_pushes_them_at_run_time(found: dict) -> None:
     names = ["latent_rl::quantize_forward", "latent_rl::quantize_backward"]
     assert found["compiled"] == {"pushed": names, "left_open": []}
     assert found["same"]
+
+
+def test_a_phase_is_named_for_both_profilers_and_ends_whatever_happens(monkeypatch) -> None:
+    import torch
+
+    from latent_rl.ops import ranges
+
+    log: list[str] = []
+
+    class Domain:
+        def get_event_attributes(self, message: str) -> str:
+            return message
+
+        def push_range(self, attributes: str) -> None:
+            log.append(attributes)
+
+        def pop_range(self) -> None:
+            log.append("pop")
+
+    monkeypatch.setattr(ranges, "DOMAIN", Domain())
+    ranges._attributes.cache_clear()
+    try:
+        with torch.profiler.profile() as profiler, pytest.raises(KeyError), ranges.phase("reward"):
+            raise KeyError
+    finally:
+        ranges._attributes.cache_clear()
+    assert log == ["latent_rl::reward", "pop"]
+    assert "latent_rl::reward" in {event.key for event in profiler.key_averages()}
