@@ -158,14 +158,41 @@ void merge_forward(int dtype_code, Address pre_gate, Address pre_up, Address tab
   const DType dtype = check_dtype(op, "pre_gate", dtype_code);
   check_rows(op, rows, num_codes);
   check_size(op, "width", width, 1);
+  const DType acc = accumulation(dtype);
+  if ((table_gate == 0) != (table_up == 0))
+    throw std::invalid_argument("merge_forward: give both tables or neither");
   run(op, &OpTable::merge_forward,
-      MergeForwardArgs{
-          dtype, data(op, "pre_gate", pre_gate, rows * width, dtype),
-          data(op, "pre_up", pre_up, rows * width, dtype),
-          data(op, "table_gate", table_gate, num_codes * width, dtype),
-          data(op, "table_up", table_up, num_codes * width, dtype), ids(op, "codes", codes, rows),
-          data(op, "activation", activation, rows * width, dtype), rows, num_codes, width},
+      MergeForwardArgs{dtype, data(op, "pre_gate", pre_gate, rows * width, dtype),
+                       data(op, "pre_up", pre_up, rows * width, dtype),
+                       optional_data(op, "table_gate", table_gate, num_codes * width, acc),
+                       optional_data(op, "table_up", table_up, num_codes * width, acc),
+                       ids(op, "codes", codes, rows),
+                       data(op, "activation", activation, rows * width, dtype), rows, num_codes,
+                       width},
       threads);
+}
+
+// The codes that occur, ascending, into `used` (room for num_codes), and every row's place among
+// them, or -1, into `entry`. Returns how many they are.
+int64_t codes_in_use(Address codes, Address used, Address entry, int64_t rows, int64_t num_codes) {
+  const char* op = "codes_in_use";
+  check_rows(op, rows, num_codes);
+  const int64_t* from = ids(op, "codes", codes, rows);
+  int64_t* found = ids(op, "used", used, num_codes);
+  int64_t* place = ids(op, "entry", entry, rows);
+  std::vector<int64_t> place_of(static_cast<size_t>(num_codes), -1);
+  const auto valid = [&](int64_t code) { return code >= 0 && code < num_codes; };
+  for (int64_t row = 0; row < rows; ++row)
+    if (valid(from[row])) place_of[static_cast<size_t>(from[row])] = 0;
+  int64_t count = 0;
+  for (int64_t code = 0; code < num_codes; ++code) {
+    if (place_of[static_cast<size_t>(code)] < 0) continue;
+    found[count] = code;
+    place_of[static_cast<size_t>(code)] = count++;
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    place[row] = valid(from[row]) ? place_of[static_cast<size_t>(from[row])] : -1;
+  return count;
 }
 
 void merge_backward(int dtype_code, Address d_activation, Address pre_gate, Address pre_up,
@@ -331,6 +358,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("segment_sum", &segment_sum);
   m.def("gumbel_forward", &gumbel_forward);
   m.def("gumbel_backward", &gumbel_backward);
+  m.def("codes_in_use", &codes_in_use);
   m.def("merge_forward", &merge_forward);
   m.def("merge_backward", &merge_backward);
   m.def("sample_codes", &sample_codes);

@@ -99,10 +99,10 @@ struct GumbelBackwardArgs {
 };
 
 struct MergeForwardArgs {
-  DType dtype;             // of every array below
-  void* pre_gate;          // [N, I], e We^T in; with the code's part out
+  DType dtype;             // of every array below but the tables
+  void* pre_gate;          // [N, I]; with tables e We^T in and the whole pre-activation out
   void* pre_up;            // [N, I]
-  const void* table_gate;  // [K, I]
+  const void* table_gate;  // [K, I], accumulator's dtype; both null: pre-activations are whole
   const void* table_up;    // [K, I]
   const int64_t* codes;    // [N]
   void* activation;        // [N, I]: silu(pre_gate) * pre_up

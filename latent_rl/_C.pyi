@@ -108,6 +108,7 @@ def gumbel_backward(
     threads: int,
     /,
 ) -> None: ...
+def codes_in_use(codes: int, used: int, entry: int, rows: int, num_codes: int, /) -> int: ...
 def merge_forward(
     dtype: int,
     pre_gate: int,

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from latent_rl import _C
-from latent_rl.native._call import accumulator, address, dtype_code, threads
+from latent_rl.native._call import address, dtype_code, threads
+from latent_rl.native._products import product_dtype
 from latent_rl.native._segments import segment_sum
 
 __all__ = ["gated_merge_backward", "gated_merge_forward", "gated_merge_step"]
+
+
+Pair = tuple[Tensor, Tensor]  # of gate and up
+
+# A product of a few rows takes as long as reading its weight: a table of U rows pays from this many
+# rows more than U (measured: kernels/gated_merge/README.md).
+_LEAST_SAVED_ROWS = 12
 
 
 def gated_merge_forward(
@@ -18,7 +28,8 @@ def gated_merge_forward(
     """One merge block: W_down(silu(W_gate [e; c]) * (W_up [e; c])) with c = codebook[code].
 
     [e; c] W^T = e W_e^T + (codebook W_c^T)[code]: the code's half of the two widest products is a
-    table of K rows and a gather.
+    table, of the codes in use alone, and a gather. Where rows are hardly more than the codes they
+    use, the vectors are joined as written.
 
     Args:
         e: [N, H] on the CPU. codes: int64 [N]. codebook: [K, D].
@@ -26,15 +37,27 @@ def gated_merge_forward(
 
     Returns:
         out [N, H] (NaN rows where the code is -1), and the two pre-activations [N, I] that the
-        backward needs. bfloat16 and float16 are computed in float32 and rounded once.
+        backward needs. Products accumulate in float32 or wider; where bfloat16 is multiplied as it
+        is (``product_dtype``), the table, the pre-activations and the activation are rounded to it
+        once each.
     """
-    hidden = e.shape[1]
-    wide = accumulator(e.dtype)
-    table = codebook.to(wide)
-    gate, up = w_gate.to(wide), w_up.to(wide)
-    tables = table @ gate[:, hidden:].T, table @ up[:, hidden:].T
-    out, pre_gate, pre_up = _merge(e, codes, tables, gate[:, :hidden], up[:, :hidden], w_down)
-    return out, pre_gate.to(e.dtype), pre_up.to(e.dtype)
+    hidden, made_in = e.shape[1], product_dtype(e.dtype)
+    in_use = _CodesInUse.of(codes, codebook.shape[0])
+    entry = in_use.entry.clamp(min=0)
+    rows, table = e.to(made_in), in_use.rows_of(codebook).to(made_in)
+    weights = w_gate.to(made_in), w_up.to(made_in)
+    if in_use.table_pays():
+        pre_gate, pre_up = (
+            # The product is added to the gathered rows before it is rounded.
+            (table @ weight[:, hidden:].T).index_select(0, entry).addmm_(rows, weight[:, :hidden].T)
+            for weight in weights
+        )
+    else:
+        joined = torch.cat([rows, table.index_select(0, entry)], 1)
+        pre_gate, pre_up = (joined @ weight.T for weight in weights)
+    activation = _activate(codes, None, pre_gate, pre_up, codebook.shape[0])
+    out = activation @ w_down.to(made_in).T
+    return out.to(e.dtype), pre_gate.to(e.dtype), pre_up.to(e.dtype)
 
 
 def gated_merge_step(
@@ -50,38 +73,67 @@ def gated_merge_step(
     Returns:
         out [N, H] (NaN rows where the code is -1).
     """
-    hidden, wide = e.shape[1], tables.dtype
-    gate, up = w_gate[:, :hidden].to(wide), w_up[:, :hidden].to(wide)
-    return _merge(e, codes, (tables[0], tables[1]), gate, up, w_down)[0]
+    hidden, made_in = e.shape[1], product_dtype(e.dtype)
+    rows = e.to(made_in)
+    pre_gate, pre_up = (rows @ weight[:, :hidden].to(made_in).T for weight in (w_gate, w_up))
+    activation = _activate(codes, tables, pre_gate, pre_up, tables.shape[1])
+    return (activation @ w_down.to(made_in).T).to(e.dtype)
 
 
-def _merge(
-    e: Tensor,
-    codes: Tensor,
-    tables: tuple[Tensor, Tensor],
-    gate: Tensor,
-    up: Tensor,
-    w_down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [N, H] in e's dtype and both pre-activations; weights are e's halves, [I, H]."""
+def _activate(
+    codes: Tensor, tables: Tensor | None, pre_gate: Tensor, pre_up: Tensor, num_codes: int
+) -> Tensor:
+    """silu(pre_gate) * pre_up, [N, I]; NaN rows where the code is -1.
+
+    With ``tables`` ([2, K, I], accumulator's dtype) the code's rows are added to both
+    pre-activations first, in place.
+    """
     codes = codes.contiguous()
-    rows = e.to(gate.dtype)
-    pre_gate, pre_up = rows @ gate.T, rows @ up.T
     activation = torch.empty_like(pre_gate)
     _C.merge_forward(
         dtype_code("gated_merge", pre_gate),
         address(pre_gate),
         address(pre_up),
-        address(tables[0]),
-        address(tables[1]),
+        0 if tables is None else address(tables[0]),
+        0 if tables is None else address(tables[1]),
         address(codes),
         address(activation),
-        e.shape[0],
-        tables[0].shape[0],
-        gate.shape[0],
+        codes.shape[0],
+        num_codes,
+        pre_gate.shape[1],
         threads(),
     )
-    return (activation @ w_down.to(gate.dtype).T).to(e.dtype), pre_gate, pre_up
+    return activation
+
+
+@dataclass(frozen=True)
+class _CodesInUse:
+    """The codes that occur in a batch, the rows a table has to have."""
+
+    codes: Tensor | None  # ascending, at least the U that occur; None stands for all K
+    entry: Tensor  # every row's place among them, int64 [N]; -1 where it has no code
+
+    @classmethod
+    def of(cls, codes: Tensor, num_codes: int) -> _CodesInUse:
+        """Those of ``codes``; all where leaving some out would save under 4 % of the products."""
+        codes = codes.contiguous()
+        rows = codes.shape[0]
+        if rows >= 16 * num_codes:
+            return cls(None, codes)
+        used, entry = torch.zeros(num_codes, dtype=torch.int64), torch.empty_like(codes)
+        count = _C.codes_in_use(address(codes), address(used), address(entry), rows, num_codes)
+        # One at least, so that a row without a code has one to read.
+        return cls(used[: max(count, 1)], entry)
+
+    def table_pays(self) -> bool:
+        """Whether N + U rows of half width cost less than N rows of the whole width."""
+        if self.codes is None:
+            return True
+        return self.codes.shape[0] + _LEAST_SAVED_ROWS <= self.entry.shape[0]
+
+    def rows_of(self, codebook: Tensor) -> Tensor:
+        """The codebook's rows of these codes, [U, D]."""
+        return codebook if self.codes is None else codebook[self.codes]
 
 
 def gated_merge_backward(
@@ -101,54 +153,100 @@ def gated_merge_backward(
 
     ``code_vectors`` [N, D] stands for codebook[codes]; with it the codebook itself gets zero.
     ``code_probs`` [N, K] stands for the one-hot rows. Rows with code -1 contribute nothing.
+    Products are made as in the forward.
     """
-    hidden = e.shape[1]
-    num_codes = codebook.shape[0]
-    wide = accumulator(e.dtype)
-    codes = codes.contiguous()
-    rows, table = e.to(wide), codebook.to(wide)
-    gate, up, down = w_gate.to(wide), w_up.to(wide), w_down.to(wide)
-    grad = grad_out.to(wide)
-    if bool((codes < 0).any()):
-        invalid = (codes < 0)[:, None]
+    made_in = product_dtype(e.dtype)
+    in_use = _CodesInUse.of(codes, codebook.shape[0])
+    rows, grad = e.to(made_in), grad_out.to(made_in)
+    if bool((in_use.entry < 0).any()):
+        invalid = (in_use.entry < 0)[:, None]
         grad, rows = grad.masked_fill(invalid, 0.0), rows.masked_fill(invalid, 0.0)
-    wide_gate, wide_up = pre_gate.to(wide).contiguous(), pre_up.to(wide).contiguous()
-    d_activation = grad @ down
-    d_gate, d_up = torch.empty_like(wide_gate), torch.empty_like(wide_up)
-    activation = torch.empty_like(wide_gate)
+    table = in_use.rows_of(codebook).to(made_in)
+    weights = w_gate.to(made_in), w_up.to(made_in)
+    d_gate, d_up, activation = _pre_gradients(
+        grad @ w_down.to(made_in),
+        pre_gate.to(made_in),
+        pre_up.to(made_in),
+        in_use.entry,
+        len(table),
+    )
+    d_pre = d_gate, d_up
+    through = _through_table if in_use.table_pays() else _through_joined
+    d_e, d_code, d_weights = through(d_pre, rows, table, in_use.entry, weights, need_code_vectors)
+    d_code = d_code.to(codebook.dtype)
+    d_codebook = torch.zeros_like(codebook)
+    if not need_code_vectors:
+        used = in_use.codes
+        d_codebook = d_code if used is None else d_codebook.index_copy_(0, used, d_code)
+    d_code_probs = None
+    if need_code_probs:
+        of_all = [(codebook.to(made_in) @ weight[:, e.shape[1] :].T).T for weight in weights]
+        d_code_probs = _both(d_pre, (of_all[0], of_all[1])).to(codebook.dtype)
+    return (
+        d_e.to(e.dtype),
+        d_codebook,
+        d_weights[0].to(w_gate.dtype),
+        d_weights[1].to(w_up.dtype),
+        (grad.T @ activation).to(w_down.dtype),
+        d_code if need_code_vectors else None,
+        d_code_probs,
+    )
+
+
+def _pre_gradients(
+    d_activation: Tensor, pre_gate: Tensor, pre_up: Tensor, entry: Tensor, num_entries: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of both pre-activations and the activation computed anew, [N, I] each."""
+    pre_gate, pre_up = pre_gate.contiguous(), pre_up.contiguous()
+    d_gate, d_up, activation = (torch.empty_like(pre_gate) for _ in range(3))
     _C.merge_backward(
-        dtype_code("gated_merge", wide_gate),
+        dtype_code("gated_merge", pre_gate),
         address(d_activation),
-        address(wide_gate),
-        address(wide_up),
-        address(codes),
+        address(pre_gate),
+        address(pre_up),
+        address(entry),
         address(d_gate),
         address(d_up),
         address(activation),
-        e.shape[0],
-        num_codes,
-        w_gate.shape[0],
+        pre_gate.shape[0],
+        num_entries,
+        pre_gate.shape[1],
         threads(),
     )
-    # The gradient of the table of K rows: every row of the same code adds to one entry.
-    d_table_gate = segment_sum(d_gate, codes, num_codes)
-    d_table_up = segment_sum(d_up, codes, num_codes)
-    code_gate, code_up = gate[:, hidden:], up[:, hidden:]
-    d_codebook = torch.zeros_like(codebook)
-    if not need_code_vectors:
-        d_codebook = (d_table_gate @ code_gate + d_table_up @ code_up).to(codebook.dtype)
-    d_code_vectors = d_code_probs = None
-    if need_code_vectors:
-        d_code_vectors = (d_gate @ code_gate + d_up @ code_up).to(codebook.dtype)
-    if need_code_probs:
-        d_code_probs = d_gate @ (table @ code_gate.T).T + d_up @ (table @ code_up.T).T
-        d_code_probs = d_code_probs.to(codebook.dtype)
-    return (
-        torch.addmm(d_gate @ gate[:, :hidden], d_up, up[:, :hidden]).to(e.dtype),
-        d_codebook,
-        torch.cat([d_gate.T @ rows, d_table_gate.T @ table], 1).to(w_gate.dtype),
-        torch.cat([d_up.T @ rows, d_table_up.T @ table], 1).to(w_up.dtype),
-        (grad.T @ activation).to(w_down.dtype),
-        d_code_vectors,
-        d_code_probs,
-    )
+    return d_gate, d_up, activation
+
+
+def _through_table(
+    d_pre: Pair, rows: Tensor, table: Tensor, entry: Tensor, weights: Pair, per_row: bool
+) -> tuple[Tensor, Tensor, Pair]:
+    """Gradients of e [N, H], of the code and of both weights, by the sums of d_pre of each code.
+
+    The code's gradient is that of every row's vector [N, D], or of every code's [U, D].
+    """
+    hidden = rows.shape[1]
+    e_halves = weights[0][:, :hidden], weights[1][:, :hidden]
+    code_halves = weights[0][:, hidden:], weights[1][:, hidden:]
+    d_gate, d_up = (segment_sum(d, entry, len(table)).to(rows.dtype) for d in d_pre)
+    d_weights = torch.empty_like(weights[0]), torch.empty_like(weights[1])
+    for d, d_table, d_weight in zip(d_pre, (d_gate, d_up), d_weights, strict=True):
+        torch.mm(d.T, rows, out=d_weight[:, :hidden])
+        torch.mm(d_table.T, table, out=d_weight[:, hidden:])
+    d_code = _both(d_pre if per_row else (d_gate, d_up), code_halves)
+    return _both(d_pre, e_halves), d_code, d_weights
+
+
+def _through_joined(
+    d_pre: Pair, rows: Tensor, table: Tensor, entry: Tensor, weights: Pair, per_row: bool
+) -> tuple[Tensor, Tensor, Pair]:
+    """As ``_through_table``, by products with the joined vectors [e; c]."""
+    hidden = rows.shape[1]
+    joined = torch.cat([rows, table.index_select(0, entry.clamp(min=0))], 1)
+    d_joined = _both(d_pre, weights)
+    d_vectors = d_joined[:, hidden:]
+    d_code = d_vectors if per_row else segment_sum(d_vectors, entry, len(table))
+    return d_joined[:, :hidden], d_code, (d_pre[0].T @ joined, d_pre[1].T @ joined)
+
+
+def _both(d_pre: Pair, weights: Pair) -> Tensor:
+    """d_gate W_gate + d_up W_up."""
+    return torch.addmm(d_pre[0] @ weights[0], d_pre[1], weights[1])

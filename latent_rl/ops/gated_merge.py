@@ -176,10 +176,14 @@ def gated_merge(
     flat = [
         None if t is None else t.reshape(-1, t.shape[-1]) for t in (e, code_vectors, code_probs)
     ]
-    apply: Any = _GatedMerge.apply
-    out: Tensor = apply(
-        flat[0], codes.reshape(-1), codebook, w_gate, w_up, w_down, flat[1], flat[2]
-    )[0]
+    inputs = (flat[0], codes.reshape(-1), codebook, w_gate, w_up, w_down)
+    wanted = (*inputs, flat[1], flat[2])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
+        apply: Any = _GatedMerge.apply
+        out: Tensor = apply(*wanted)[0]
+    else:
+        # Half of the Python between the products is torch's autograd.Function.
+        out = torch.ops.latent_rl.gated_merge_forward(*inputs)[0]
     return out.reshape(e.shape)
 
 

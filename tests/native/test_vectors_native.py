@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from latent_rl import _C
+from latent_rl.native._call import dtype_code
+from latent_rl.native._products import product_dtype
 from latent_rl.native._segments import segment_sum
 from latent_rl.native.gated_merge import gated_merge_backward, gated_merge_forward
 from latent_rl.native.quantize import quantize_backward, quantize_forward
@@ -110,7 +112,17 @@ def plain_merge(
     return (gate * gate.sigmoid() * (joined @ w_up.T)) @ w_down.T
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+# Products of 13 and 19 terms in float32. Where the processor multiplies bfloat16 the table, the
+# pre-activations, the activation and the output are rounded to it; elsewhere the output alone.
+MERGE_TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+    torch.bfloat16: 3e-2,
+    torch.float16: 2e-3,
+}
+
+
+@pytest.mark.parametrize("dtype", MERGE_TOLERANCE)
 def test_gated_merge_forward(isa: str, dtype: torch.dtype) -> None:
     e, codes, codebook, *weights = merge_inputs(dtype)
     codes[4] = -1
@@ -119,8 +131,8 @@ def test_gated_merge_forward(isa: str, dtype: torch.dtype) -> None:
     expected = plain_merge(e.double(), codebook.double()[codes], *wide)
     valid = codes >= 0
     assert out[4].isnan().all()
-    # Products of 13 and 19 terms in float32.
-    torch.testing.assert_close(out[valid].double(), expected[valid], rtol=1e-5, atol=1e-5)
+    tolerance = MERGE_TOLERANCE[dtype]
+    torch.testing.assert_close(out[valid].double(), expected[valid], rtol=tolerance, atol=tolerance)
     assert pre_gate.shape == pre_up.shape == (23, 19)
 
 
@@ -185,3 +197,61 @@ def test_statistics_do_not_depend_on_threads_or_instruction_set(every_isa: list[
             got = quantize_forward(x, codebook, "l2")
             expected = expected or got
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_bfloat16_is_multiplied_as_it_is_only_where_the_processor_can(isa: str) -> None:
+    narrow = isa == "avx512bf16" and torch.backends.mkldnn.is_available()
+    assert product_dtype(torch.bfloat16) == (torch.bfloat16 if narrow else torch.float32)
+    assert product_dtype(torch.float16) == product_dtype(torch.float32) == torch.float32
+    assert product_dtype(torch.float64) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_merge_adds_tables_and_rounds_once(isa: str, dtype: torch.dtype, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gate, up = torch.randn(2, 6, width, generator=generator).to(dtype)
+    tables = torch.randn(2, 3, width, generator=generator).to(wide)
+    gate[1, 0], tables[0, 2, 0] = torch.inf, -torch.inf
+    codes = torch.tensor([0, 2, -1, 1, 1, 0])
+    sums = [pre.to(wide) + table[codes] for pre, table in zip((gate, up), tables, strict=True)]
+    out = torch.empty(6, width, dtype=dtype)
+    code, addresses = dtype_code("merge", gate), [t.data_ptr() for t in (*tables, codes, out)]
+    _C.merge_forward(code, gate.data_ptr(), up.data_ptr(), *addresses, 6, 3, width, 1)
+    valid = codes >= 0
+    # The sum of opposite infinities is NaN, and stays so.
+    assert gate[1, 0].isnan()
+    assert torch.equal(gate[valid].nan_to_num(7.0), sums[0].to(dtype)[valid].nan_to_num(7.0))
+    assert torch.equal(up[valid], sums[1].to(dtype)[valid])
+    expected = (torch.nn.functional.silu(sums[0]) * sums[1]).double()
+    tolerance = ROUNDING[dtype]
+    torch.testing.assert_close(
+        out[valid].double(), expected[valid], rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+    assert out[2].isnan().all()
+    # Without tables the pre-activations are whole and stay untouched.
+    before = gate.clone(), up.clone()
+    addresses[:2] = [0, 0]
+    _C.merge_forward(code, gate.data_ptr(), up.data_ptr(), *addresses, 6, 3, width, 1)
+    assert torch.equal(gate.nan_to_num(7.0), before[0].nan_to_num(7.0))
+    assert torch.equal(up, before[1])
+    expected = (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).double()
+    torch.testing.assert_close(
+        out[valid].double(), expected[valid], rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+    with pytest.raises(ValueError, match="both tables or neither"):
+        _C.merge_forward(
+            code, gate.data_ptr(), up.data_ptr(), 0, *addresses[2:3], *addresses[2:], 6, 3, width, 1
+        )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_codes_in_use(rows: int) -> None:
+    codes = torch.randint(-1, 9, (rows,), generator=torch.Generator().manual_seed(rows))
+    used, entry = torch.empty(9, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    count = _C.codes_in_use(codes.data_ptr(), used.data_ptr(), entry.data_ptr(), rows, 9)
+    assert used[:count].tolist() == sorted({code for code in codes.tolist() if code >= 0})
+    valid = codes >= 0
+    assert torch.equal(used[entry[valid]], codes[valid])
+    assert entry[~valid].eq(-1).all()

@@ -115,6 +115,42 @@ def test_gradients_equal_those_of_the_dense_form(backend, dtype) -> None:
         assert (got.double() - expected).abs().max() <= TOLERANCE[dtype] * (1 + 4 * scale)
 
 
+@pytest.mark.parametrize(
+    ("rows", "num_codes", "in_use"),
+    # Every code of many rows; few of many codes; hardly fewer codes than rows.
+    [(40, 2, 2), (40, 50, 3), (40, 50, 39)],
+)
+def test_codes_out_of_use_change_nothing(backend, rows, num_codes, in_use) -> None:
+    arguments = inputs(torch.float64)
+    arguments["e"] = torch.randn(rows, HIDDEN, dtype=torch.float64)
+    arguments["codebook"] = torch.randn(num_codes, WIDTH, dtype=torch.float64)
+    arguments["codes"] = torch.randperm(num_codes)[torch.arange(rows) % in_use]
+    arguments["codes"][5] = -1
+    wanted = leaves(arguments)
+    out = ops.gated_merge(**arguments)
+    got = torch.autograd.grad(out.nan_to_num().square().sum(), wanted)
+    e, codebook, *weights = wanted
+    expected = dense(e, codebook[arguments["codes"].clamp(min=0)], *weights)
+    assert out[5].isnan().all()
+    valid = arguments["codes"] >= 0
+    torch.testing.assert_close(out[valid], expected[valid])
+    theirs = torch.autograd.grad(expected[valid].square().sum(), wanted)
+    for ours, reference in zip(got, theirs, strict=True):
+        torch.testing.assert_close(ours, reference)
+    with torch.no_grad():
+        assert torch.equal(ops.gated_merge(**arguments).nan_to_num(), out.nan_to_num())
+
+
+def test_no_row_has_a_code(backend) -> None:
+    arguments = inputs(torch.float64)
+    arguments["codes"].fill_(-1)
+    wanted = leaves(arguments)
+    out = ops.gated_merge(**arguments)
+    assert out.isnan().all()
+    for grad in torch.autograd.grad(out.nan_to_num().sum(), wanted):
+        assert grad.eq(0).all()
+
+
 def test_code_vectors_receive_the_gradient_of_the_code(backend) -> None:
     arguments = inputs(torch.float64)
     vectors = arguments["codebook"][arguments["codes"]].clone().requires_grad_()
