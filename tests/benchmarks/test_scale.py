@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import tempfile
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmarks.train.scale.iteration import (
     TRL,
     TRUNK,
     UPDATE,
+    IterationBench,
     IterationCase,
     IterationRun,
     totals,
@@ -254,6 +256,26 @@ def test_decoding_has_a_row_for_every_contestant(tmp_path, capsys):
 
 
 # An RL iteration.
+
+
+def test_an_iteration_runs_as_on_a_gpu(machine, tmp_path):
+    record = Record(
+        "iteration", machine, CPU, {"size": "tiny"}, dtype=torch.bfloat16, folder=tmp_path
+    )
+    case = IterationCase(2, 2, prompt_tokens=12, steps=4, micro=4, token_micro=4, repeats=1)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = IterationBench(TINY, case, record, folder)
+        assert next(bench.model.latent.policy.parameters()).dtype == torch.float32
+        replay, seconds = bench.roll_out()
+        bench.take(replay)
+        assert bench.replay.codes.shape == (4, 4)
+        dtypes = []
+        layer = bench.model.latent.policy.tower.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
+        norms = [bench.update(replay), bench.trunk_update()]
+        assert set(dtypes) == {torch.bfloat16}
+        assert min(norms) > 0
+        assert seconds["decode_s"] > 0
 
 
 def test_an_iteration_has_its_parts_and_updates_agree(record, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.train.scale.clocks import middle
@@ -91,6 +92,8 @@ class DecodeBench:
 
     def _engine(self, case: DecodeCase, compiled: bool) -> Row:
         planned = self.planned
+        # Every case compiled by itself: a few forms of one step are all that dynamo keeps.
+        torch.compiler.reset()
         decoder = Decoder(self.model, slots=case.rows, compile=compiled)
         plan = decoder.plan(
             requests=case.rows,

@@ -150,6 +150,11 @@ class IterationBench(Bench):
         self.completions = self._completions()
         self.rows = replace(replay.batch([0]), **replay.row_tensors())
 
+    def trunk_update(self) -> float:
+        """As the parent's, under the trainer's autocast."""
+        with self.trainer.accelerator.autocast():
+            return super().trunk_update()
+
     def token_rollout(self) -> TokenRollout:
         """The same tokens and advantages for updates over tokens."""
         ids, mask = self.completions
