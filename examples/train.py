@@ -1,8 +1,6 @@
-import json
-from pathlib import Path
-
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from latent_rl.data import load_chat
 from latent_rl.models import LatentActionModel, LatentConfig
 from latent_rl.rewards import completion_text
 from latent_rl.train import (
@@ -17,8 +15,7 @@ from latent_rl.train import (
 name = "Qwen/Qwen2.5-VL-3B-Instruct"
 processor = AutoProcessor.from_pretrained(name)
 model = LatentActionModel(AutoModelForImageTextToText.from_pretrained(name), LatentConfig())
-rows = [json.loads(line) for line in Path("conversations.jsonl").read_text().splitlines()]
-prompts = [json.loads(line) for line in Path("prompts.jsonl").read_text().splitlines()]
+rows, prompts = load_chat("conversations.jsonl"), load_chat("prompts.jsonl")
 
 for stage in (InverseWarmup(), BehaviourCloning()):
     args = StageArguments(output_dir=f"runs/{stage.name}", num_train_epochs=1, report_to="none")

@@ -1,5 +1,6 @@
 """Data: the formats of the benchmarks, and collators that label responses alone."""
 
+from latent_rl.data.chat import load_chat
 from latent_rl.data.collators import (
     ConversationCollator,
     PairedViewCollator,
@@ -24,6 +25,7 @@ __all__ = [
     "conversation_of",
     "encode_conversation",
     "encode_prompt",
+    "load_chat",
     "load_image",
     "load_mmrole",
     "load_paper_json",

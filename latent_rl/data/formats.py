@@ -167,7 +167,7 @@ def _records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not source.is_file():
         raise FileNotFoundError(f"data: no such file: {source}")
     try:
-        records = json.loads(source.read_text(encoding="utf-8"))
+        records = json.loads(source.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source}: not a JSON file: {error}") from error
     if not isinstance(records, list):

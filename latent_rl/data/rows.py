@@ -47,7 +47,7 @@ def _normalise(row: Row, column: str, where: str) -> tuple[list[Message], list[A
             f"got {type(given).__name__}; columns are {sorted(row)}"
         )
     messages = [_message(message, f"{where}, {column}[{i}]") for i, message in enumerate(given)]
-    images = _images(row, messages)
+    images = _images(row, messages, where)
     parts = sum(part["type"] == "image" for m in messages for part in m["content"])
     if parts == 0 and images:
         _insert_images(messages, len(images), where)
@@ -64,19 +64,42 @@ def _message(message: Any, where: str) -> Message:
     content = message["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
+    if not (isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content)):
+        raise ValueError(
+            f"{where}: content must be text or a list of text and image parts, got {content!r:.80}"
+        )
     parts = [dict(part) for part in content]
     for part in parts:
         # Datasets with a fixed schema fill the other kind's field with None.
         if part.get("type") not in ("text", "image"):
             raise ValueError(f"{where}: part type must be text or image, got {part.get('type')!r}")
+        if part["type"] == "text":
+            _check_text(part.get("text"), where)
     return {"role": message["role"], "content": parts}
 
 
-def _images(row: Row, messages: list[Message]) -> list[Any]:
+def _check_text(text: Any, where: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: the text of a part must be text, got {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Half of a pair that JSON escapes can hold; no tokenizer takes it.
+        raise ValueError(f"{where}: the text is no Unicode: {error}") from error
+
+
+def _images(row: Row, messages: list[Message], where: str) -> list[Any]:
     images = row.get("images")
     if images is None:
         single = row.get("image")
         images = [] if single is None else [single]
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        raise ValueError(
+            f"{where}: column 'images' must be a list of images (one may stand in 'image'), "
+            f"got {type(images).__name__}"
+        )
+    if any(image is None for image in images):
+        raise ValueError(f"{where}: column 'images' holds None in the place of an image")
     inline = [
         part.pop("image")
         for message in messages

@@ -37,11 +37,21 @@ class StageArguments(BaseArguments):
     use_stage_schedule   True takes `stage.schedule`; False the `lr_scheduler_*` and `warmup_*`
                          fields
     probe                whether logging steps also run the stage's costlier diagnostics
+    max_length           tokens of a row, at most, images included: longer ones are cut at the end;
+                         None cuts none. For the collator that the trainer makes itself
     """
 
     learning_rate: float | None = None  # type: ignore[assignment]
     use_stage_schedule: bool = True
     probe: bool = True
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(
+                f"StageArguments: max_length must be >= 1 or None, got {self.max_length}"
+            )
 
 
 class StageTrainer(BaseTrainer):
@@ -75,6 +85,13 @@ class StageTrainer(BaseTrainer):
         self.stage = stage
         if args.learning_rate is None:
             args.learning_rate = stage.learning_rate
+        if args.max_length is not None and (
+            data_collator is not None or isinstance(train_dataset, FeatureCache)
+        ):
+            raise ValueError(
+                "StageTrainer: max_length is for the trainer's own collator, got it beside "
+                "data_collator or cached features"
+            )
         self._window_tokens: float | None = None
         self._window_batches = 1
         self.freeze_report = freeze(model, stage.trainable(model))
@@ -84,7 +101,8 @@ class StageTrainer(BaseTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=data_collator or _collator(stage, train_dataset, processing_class),
+            data_collator=data_collator
+            or _collator(stage, train_dataset, processing_class, args.max_length),
             callbacks=callbacks,
         )
 
@@ -220,7 +238,7 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _collator(
-    stage: Stage, train_dataset: Any, processing_class: Any | None
+    stage: Stage, train_dataset: Any, processing_class: Any | None, max_length: int | None
 ) -> Callable[[list[Any]], Batch]:
     if isinstance(train_dataset, FeatureCache):
         if not stage.cacheable:
@@ -231,8 +249,8 @@ def _collator(
     from latent_rl.data import ConversationCollator, PairedViewCollator
 
     collator: Callable[[list[Any]], Batch] = (
-        PairedViewCollator(processing_class)
+        PairedViewCollator(processing_class, max_length=max_length)
         if stage.paired_views
-        else ConversationCollator(processing_class)
+        else ConversationCollator(processing_class, max_length=max_length)
     )
     return collator

@@ -37,13 +37,11 @@ def test_blocks_are_the_examples(name: str) -> None:
 def test_training_example_trains_and_saves(workspace: Path) -> None:
     # A tiny model under the name that the example loads.
     shutil.move(workspace / "model", workspace / "Qwen" / "Qwen2.5-VL-3B-Instruct")
-    rows = (workspace / "paired.jsonl").read_text(encoding="utf-8")
-    images = (workspace / "images").resolve()
-    anchored = rows.replace('"images": ["', f'"images": ["{images}/')
-    (workspace / "conversations.jsonl").write_text(anchored, encoding="utf-8")
-    prompts = (workspace / "prompts.jsonl").read_text(encoding="utf-8")
-    anchored = prompts.replace('"images": ["', f'"images": ["{images}/')
-    (workspace / "prompts.jsonl").write_text(anchored, encoding="utf-8")
+    # Their images lie in a directory of their own; the example's lie beside the rows.
+    for name, given in (("conversations", "paired"), ("prompts", "prompts")):
+        rows = (workspace / f"{given}.jsonl").read_text(encoding="utf-8")
+        rows = rows.replace('"images": ["', '"images": ["images/')
+        (workspace / f"{name}.jsonl").write_text(rows, encoding="utf-8")
     execute("train")
     assert (workspace / "runs" / "final" / "latent_model.safetensors").is_file()
 

@@ -283,6 +283,29 @@ def test_evaluation_reports_the_stage_s_metrics(tmp_path):
     assert moved(before, world.model) == set()
 
 
+def test_rows_are_cut_to_max_length(tmp_path):
+    world = tiny_world()
+    trainer = StageTrainer(
+        world.model,
+        InverseWarmup(),
+        arguments(tmp_path, max_length=12),
+        [row for row in world.rows if not row["images"]],
+        processing_class=world.processor,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["inputs"]["input_ids"].shape[1] == 12
+    with pytest.raises(ValueError, match="max_length must be >= 1 or None, got 0"):
+        arguments(tmp_path, max_length=0)
+    with pytest.raises(ValueError, match="max_length is for the trainer's own collator"):
+        StageTrainer(
+            world.model,
+            InverseWarmup(),
+            arguments(tmp_path, max_length=12),
+            world.rows,
+            data_collator=world.collator,
+        )
+
+
 def test_errors(tmp_path):
     world = tiny_world()
     with pytest.raises(ValueError, match="processing_class or data_collator"):
