@@ -9,12 +9,18 @@ import torch
 
 __all__ = [
     "ARCHITECTURES",
+    "MOST_REGISTERS",
     "RERANK",
+    "RERANK_MANY",
     "Config",
     "Machine",
+    "Prepare",
     "Rerank",
     "choose",
+    "choose_prepare",
+    "choose_rerank",
     "machine_of",
+    "rerank_block_d",
     "screens",
     "splits_of",
 ]
@@ -53,21 +59,31 @@ def machine_of(device: torch.device) -> Machine:
 
 @dataclass(frozen=True)
 class Rerank:
-    """Tiles of the second search and of distances."""
+    """Tiles of the second search, and how many programs share it out."""
 
     block_n: int
     block_k: int
-    block_d: int
-    exact_d: int
     num_warps: int
     programs: int
 
+    def exact_d(self, element_bytes: int) -> int:
+        """Columns of float64 at a time: as many numbers a thread as registers hold."""
+        numbers = 16 if element_bytes == 2 and self.block_n <= 16 else 8
+        return numbers * 32 * self.num_warps // self.block_n
 
-RERANK = Rerank(block_n=16, block_k=64, block_d=64, exact_d=128, num_warps=8, programs=1024)
+
+# The second search of few rows is bound by latency: small tiles, on many multiprocessors. That of
+# many reads the codebook once per tile of rows, from the second-level cache.
+RERANK = Rerank(block_n=16, block_k=32, num_warps=4, programs=264)
+RERANK_MANY = Rerank(block_n=64, block_k=64, num_warps=8, programs=264)
+# Of the preparation and the second search: left alone, ptxas takes fewer and spills.
+MOST_REGISTERS = 255
+# Columns a step of its product takes: as many as the screen's, within these.
+RERANK_BLOCK_D = (64, 128)
 
 # The small kernels around the screen; none is worth a table.
 MEAN_SAMPLE, MEAN_BLOCK_D = 256, 32
-PREPARE_BLOCK_K, PREPARE_BLOCK_D = 4, 256
+PREPARE_WIDEST = 2048
 MERGE_BLOCK_N = 128
 DISTANCE_BLOCK_N, DISTANCE_BLOCK_D = 16, 128
 
@@ -124,6 +140,33 @@ def choose(architecture: int, dtype: torch.dtype, n: int, width: int) -> Config:
     config = next(c for widest, fewest, c in rows if width <= widest and n >= fewest)
     narrow = max(16, 1 << (width - 1).bit_length())
     return replace(config, block_d=min(config.block_d, narrow))
+
+
+def choose_rerank(n: int) -> Rerank:
+    """Tiles of the second search of what a screen of N rows leaves."""
+    return RERANK if n < _MANY else RERANK_MANY
+
+
+def rerank_block_d(config: Config, width: int) -> int:
+    """Columns of a step of the second search's product."""
+    least, most = RERANK_BLOCK_D
+    return min(max(config.block_d, least), most, max(16, 1 << (width - 1).bit_length()))
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Codes and columns of one program of the preparation; the columns are one step where they
+    can be, since every step waits for memory."""
+
+    block_k: int
+    block_d: int
+    num_warps: int = 4
+
+
+def choose_prepare(width: int) -> Prepare:
+    """Tiles of eight to sixteen numbers a thread, of each of which three sums are kept."""
+    block_d = min(max(16, 1 << (width - 1).bit_length()), PREPARE_WIDEST)
+    return Prepare(max(1, 1024 // block_d), block_d)
 
 
 def splits_of(config: Config, groups: int, n: int, num_codes: int, processors: int) -> int:

@@ -115,17 +115,25 @@ def _nearest_code_prepare_kernel(
         else:
             kept = raw
         kept = tl.where(usable[:, None] & (d < D)[None, :], kept, 0.0)
-        code = tl.where(usable[:, None] & (d < D)[None, :], code, 0.0)
-        wide = kept.to(tl.float64)
-        exact += code * code
-        rounded += wide * wide
-        lost += (code - wide) * (code - wide)
+        if CENTRE:
+            code = tl.where(usable[:, None] & (d < D)[None, :], code, 0.0)
+            wide = kept.to(tl.float64)
+            exact += code * code
+            rounded += wide * wide
+            lost += (code - wide) * (code - wide)
         tl.store(table_ptr + rows + d[None, :], kept.to(raw.dtype), mask=inside)
 
     scale = tl.full((BLOCK_K,), 1.0, tl.float64)
     if METRIC == 1 and not CENTRE:
         scale = inverse
-    exact_square = tl.sum(exact, 1)
+    # Codes that are multiplied as they are lose nothing.
+    exact_square = tl.where(usable, squares, 0.0)
+    rounded_square = exact_square
+    lost_square = tl.zeros((BLOCK_K,), tl.float64)
+    if CENTRE:
+        exact_square = tl.sum(exact, 1)
+        rounded_square = tl.sum(rounded, 1)
+        lost_square = tl.sum(lost, 1)
     bias = tl.zeros((BLOCK_K,), tl.float64)
     if METRIC == 0:
         bias = tl.maximum(-0.5 * exact_square, LOWEST_BIAS)
@@ -135,8 +143,8 @@ def _nearest_code_prepare_kernel(
     # Largest values: their order does not matter to a maximum, so atomics keep it repeatable.
     limits = limits_ptr + group * 8
     tl.atomic_max(limits + EXACT_LENGTH, _largest(tl.sqrt(exact_square) * scale))
-    tl.atomic_max(limits + LENGTH, _largest(tl.sqrt(tl.sum(rounded, 1)) * scale))
-    tl.atomic_max(limits + LOST, _largest(tl.sqrt(tl.sum(lost, 1)) * scale))
+    tl.atomic_max(limits + LENGTH, _largest(tl.sqrt(rounded_square) * scale))
+    tl.atomic_max(limits + LOST, _largest(tl.sqrt(lost_square) * scale))
     tl.atomic_max(limits + BIAS, _largest(-bias))
     tl.atomic_max(limits + SCALE, _largest(scale))
 

@@ -20,12 +20,13 @@ from latent_rl.kernels.nearest_code.configs import (
     MEAN_BLOCK_D,
     MEAN_SAMPLE,
     MERGE_BLOCK_N,
-    PREPARE_BLOCK_D,
-    PREPARE_BLOCK_K,
-    RERANK,
+    MOST_REGISTERS,
     Config,
     choose,
+    choose_prepare,
+    choose_rerank,
     machine_of,
+    rerank_block_d,
     splits_of,
 )
 from latent_rl.kernels.nearest_code.prepare import (
@@ -110,8 +111,9 @@ class Bounds(NamedTuple):
 
 def screen_bounds(config: Config, width: int) -> Bounds:
     """Bounds that hold for the scores of the screen and of the second search alike."""
-    longest = max(config.block_d, RERANK.block_d)
-    chains = triton.cdiv(width, min(config.block_d, RERANK.block_d))
+    again = rerank_block_d(config, width)
+    longest = max(config.block_d, again)
+    chains = triton.cdiv(width, min(config.block_d, again))
     # Chains on the matrix unit, their sum, the bits a key gives to its column, bias and scale.
     accumulation = longest * 2.0**-22 + chains * 2.0**-24 + config.block_k * 2.0**-23 + 2.0**-20
     # The last: float32 sums of squares and the arithmetic of the bound itself.
@@ -143,12 +145,16 @@ class _Search:
         groups, n, width = self.x.shape
         device = self.x.device
         codes = torch.empty((groups, n), dtype=torch.int64, device=device)
+        again = choose_rerank(n)
+        blocks = triton.cdiv(n, again.block_n) * triton.cdiv(self.codebook.shape[1], again.block_k)
+        programs = max(1, min(blocks, max(again.programs // max(groups, 1), again.block_n)))
         # One fill for limits and counters: zero is zero in both types.
-        state = torch.zeros(groups * (LIMITS + 1), dtype=torch.int32, device=device)
-        limits, count = state[: groups * LIMITS].view(torch.float32), state[groups * LIMITS :]
+        state = torch.zeros(groups * (LIMITS + 1 + programs), dtype=torch.int32, device=device)
+        limits, count, arrived = state.split([groups * LIMITS, groups, groups * programs])
         if codes.numel() == 0:
             return codes, count
-        table, bias, scale, shift = self._prepared(limits)
+        limits = limits.view(torch.float32)
+        prepared = self._prepared(limits)
         rows = torch.empty((groups, n), dtype=torch.int64, device=device)
         threshold = torch.empty((groups, n), dtype=torch.float32, device=device)
         flags = {
@@ -158,28 +164,48 @@ class _Search:
             "SHIFT": self.round and self.metric == "l2",
             "SCALED": not self.round and self.metric == "cosine",
         }
-        prepared = (table, bias, scale, shift)
-        self._screen(prepared, limits, (codes, rows, threshold, count), flags)
-        tiles = triton.cdiv(n, RERANK.block_n)
-        _nearest_code_rerank_kernel[(min(tiles, RERANK.programs), groups)](
+        out = (codes, rows, threshold, count)
+        self._screen(prepared, limits, out, flags)
+        self._rerank(prepared, out, arrived, flags)
+        return codes, count
+
+    def _rerank(
+        self,
+        prepared: tuple[Tensor, ...],
+        out: tuple[Tensor, ...],
+        arrived: Tensor,
+        flags: dict[str, int | bool],
+    ) -> None:
+        """Search again what the screen has listed."""
+        groups, n, width = self.x.shape
+        again, config = choose_rerank(n), self._config()
+        programs = arrived.shape[0] // groups
+        places = (arrived.shape[0], again.block_n)
+        values = torch.empty(places, dtype=torch.float64, device=arrived.device)
+        _nearest_code_rerank_kernel[(programs, groups)](
             self.x,
             self.codebook,
             *prepared,
-            codes,
-            rows,
-            threshold,
-            count,
+            *out,
+            values,
+            torch.empty_like(values, dtype=torch.int32),
+            arrived,
             n,
             *self.x.stride()[:2],
             **flags,
             METRIC=_METRICS[self.metric],
-            BLOCK_N=RERANK.block_n,
-            BLOCK_K=RERANK.block_k,
-            BLOCK_D=RERANK.block_d,
-            EXACT_D=RERANK.exact_d,
-            num_warps=RERANK.num_warps,
+            BLOCK_N=again.block_n,
+            BLOCK_K=again.block_k,
+            BLOCK_D=rerank_block_d(config, width),
+            EXACT_D=again.exact_d(self.codebook.element_size()),
+            num_warps=again.num_warps,
+            maxnreg=MOST_REGISTERS,
         )
-        return codes, count
+
+    def _config(self) -> Config:
+        _, n, width = self.x.shape
+        machine = machine_of(self.x.device)
+        return choose(machine.architecture, self.x.dtype, n, width)
 
     def _prepared(self, limits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes to multiply with, their biases and scales, and what is subtracted from rows."""
@@ -198,7 +224,8 @@ class _Search:
                 BLOCK_D=MEAN_BLOCK_D,
                 num_warps=4,
             )
-        _nearest_code_prepare_kernel[(triton.cdiv(num_codes, PREPARE_BLOCK_K), groups)](
+        tile = choose_prepare(width)
+        _nearest_code_prepare_kernel[(triton.cdiv(num_codes, tile.block_k), groups)](
             self.codebook,
             mean,
             table,
@@ -210,9 +237,10 @@ class _Search:
             D=width,
             METRIC=_METRICS[self.metric],
             CENTRE=self.round,
-            BLOCK_K=PREPARE_BLOCK_K,
-            BLOCK_D=PREPARE_BLOCK_D,
-            num_warps=4,
+            BLOCK_K=tile.block_k,
+            BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps,
+            maxnreg=MOST_REGISTERS,
         )
         return table, bias, scale, shift
 
@@ -225,9 +253,8 @@ class _Search:
     ) -> None:
         groups, n, width = self.x.shape
         num_codes, device = self.codebook.shape[1], self.x.device
-        machine = machine_of(device)
-        config = choose(machine.architecture, self.x.dtype, n, width)
-        splits = splits_of(config, groups, n, num_codes, machine.processors)
+        config = self._config()
+        splits = splits_of(config, groups, n, num_codes, machine_of(device).processors)
         parts = torch.empty((2, splits, groups, n) if splits > 1 else (2, 0), device=device)
         part_codes = torch.empty_like(parts[0], dtype=torch.int32)
         error = torch.empty((groups, n) if splits > 1 else (0,), device=device)

@@ -1,5 +1,7 @@
 """nearest_code on the Triton backend; run by test_nearest_code.py with TRITON_INTERPRET=1."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from latent_rl.kernels.nearest_code import configs, triton_impl
@@ -131,6 +133,23 @@ def test_the_bound_on_rounding_is_attained(who) -> None:
     # A codebook of opposites has mean zero: centring moves nothing.
     codes, undecided = searched(x[None], torch.stack([code, -code]), "dot")
     assert (codes.item(), undecided) == (0, 1)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 16])
+@pytest.mark.parametrize("tiles", [configs.RERANK, configs.RERANK_MANY])
+def test_how_the_second_search_is_shared_out_does_not_show(monkeypatch, tiles, programs) -> None:
+    """Few tiles split the codebook between programs; many are strided over."""
+    again = replace(tiles, programs=programs, block_k=16)
+    monkeypatch.setattr(triton_impl, "choose_rerank", lambda n: again)
+    generator = torch.Generator().manual_seed(5)
+    codebook = torch.randn(70, 24, generator=generator)
+    codebook[35:] = codebook[:35].clone()
+    x = codebook[:60] + 1e-7
+    x[17, 3], x[50] = torch.nan, torch.inf
+    codes, undecided = searched(x, codebook)
+    assert torch.equal(codes, oracle(x[None], codebook[None], "l2")[0])
+    assert codes.max() < 35, "the lowest id wins across parts"
+    assert undecided == 60
 
 
 def test_few_rows_share_the_codebook_between_programs() -> None:
