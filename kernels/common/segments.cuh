@@ -83,14 +83,22 @@ __device__ void walk_tile(const SegmentTiles& tiles, int64_t tile, int64_t colum
   const int none = static_cast<int>(tiles.num_codes);
   int current = -1;
   float sum[kWidth];
+  // The places of the next rows come while these rows do: else every step waits for memory twice.
+  Placed next[kAhead];
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) next[j] = tiles.placed[begin + j < end ? begin + j : end - 1];
   for (int64_t i = begin; i < end; i += kAhead) {
     Placed placed[kAhead];
     Vector<T, kWidth> loaded[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (i + j >= end) break;
-      placed[j] = tiles.placed[i + j];
-      loaded[j] = load_vector<kWidth>(values + placed[j].row * tiles.row_stride);
+      placed[j] = next[j];
+      if (i + j < end) loaded[j] = load_vector<kWidth>(values + placed[j].row * tiles.row_stride);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int64_t at = i + kAhead + j;
+      next[j] = tiles.placed[at < end ? at : end - 1];
     }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
@@ -136,46 +144,76 @@ inline unsigned segment_blocks(const SegmentTiles& tiles) {
   return blocks_for(blocks < 1 ? 1 : blocks);
 }
 
-// Columns a block of combine_code takes; the rest of its threads share out the tiles of the code.
-inline int combine_columns(int64_t dim) { return dim >= 512 ? 32 : 8; }
-inline int64_t combine_tasks(const SegmentTiles& tiles) {
-  const int64_t columns = combine_columns(tiles.dim);
-  return tiles.num_codes * ((tiles.dim + columns - 1) / columns);
+// How a block of combine_code shares out: `lanes` threads side by side on vectors of columns, the
+// rest of its threads share out the tiles of the code. By D alone, and so is the order of its sums.
+struct Combine {
+  int width;  // columns of a thread
+  int lanes;
+  int64_t groups;  // blocks of a code
+};
+constexpr int kCombineWidth = 4;
+inline Combine combine_of(const SegmentTiles& tiles) {
+  const int width = tiles.dim % kCombineWidth == 0 ? kCombineWidth : 1;
+  const int64_t vectors = tiles.dim / width;
+  int lanes = 2;
+  while (lanes < 64 && lanes < vectors) lanes *= 2;
+  return {width, lanes, (vectors + lanes - 1) / lanes};
+}
+inline int64_t combine_tasks(const SegmentTiles& tiles, const Combine& combine) {
+  return tiles.num_codes * combine.groups;
 }
 
-// Finishes `columns` columns of a code that spans several tiles, and writes the zeros of one
-// without rows. Called by all threads of the block; `shared` has an entry per thread.
-__device__ inline void combine_code(const SegmentTiles& tiles, int64_t task, int columns,
-                                    double* shared) {
-  const int64_t groups = (tiles.dim + columns - 1) / columns;
-  const int64_t code = task / groups;
+template <int kWidth>
+__device__ void combine_columns(const SegmentTiles& tiles, const Combine& combine, int64_t task,
+                                double* shared) {
+  const int64_t code = task / combine.groups;
   const int64_t from = tiles.first[code], to = tiles.first[code + 1];
   const int64_t first_tile = from / tiles.length;
   const int64_t last_tile = to > from ? (to - 1) / tiles.length : first_tile;
   if (to > from && first_tile == last_tile) return;  // the same for every thread of the block
-  const int lane = static_cast<int>(threadIdx.x) % columns;
-  const int slice = static_cast<int>(threadIdx.x) / columns;
-  const int slices = kSegmentThreads / columns;
-  const int64_t column = (task - code * groups) * columns + lane;
+  const int lane = static_cast<int>(threadIdx.x) % combine.lanes;
+  const int slice = static_cast<int>(threadIdx.x) / combine.lanes;
+  const int slices = kSegmentThreads / combine.lanes;
+  const int64_t column = ((task - code * combine.groups) * combine.lanes + lane) * kWidth;
   const int64_t count = to > from ? last_tile - first_tile + 1 : 0;
   const int64_t share = (count + slices - 1) / slices;
-  double sum = 0.0;
+  double sum[kWidth] = {};
   if (column < tiles.dim) {
     const int64_t end = (slice + 1) * share < count ? (slice + 1) * share : count;
 #pragma unroll 4
     for (int64_t i = slice * share; i < end; ++i) {
       const int64_t tile = first_tile + i;
       const int64_t slot = i == 0 && from > tile * tiles.length ? 1 : 0;
-      sum += static_cast<double>(tiles.partials[(tile * 2 + slot) * tiles.dim + column]);
+      const Vector<float, kWidth> part =
+          load_vector<kWidth>(tiles.partials + (tile * 2 + slot) * tiles.dim + column);
+      for (int w = 0; w < kWidth; ++w) sum[w] += static_cast<double>(part.at[w]);
     }
   }
-  shared[threadIdx.x] = sum;
+  for (int w = 0; w < kWidth; ++w) shared[w * kSegmentThreads + threadIdx.x] = sum[w];
   __syncthreads();
   if (slice == 0 && column < tiles.dim) {
-    for (int s = 1; s < slices; ++s) sum += shared[s * columns + lane];
-    tiles.sums[code * tiles.dim + column] = static_cast<float>(sum);
+    const int busy = static_cast<int>(count < slices ? count : slices);
+    for (int s = 1; s < busy; ++s) {
+      for (int w = 0; w < kWidth; ++w) {
+        sum[w] += shared[w * kSegmentThreads + s * combine.lanes + lane];
+      }
+    }
+    Vector<float, kWidth> out;
+    for (int w = 0; w < kWidth; ++w) out.at[w] = static_cast<float>(sum[w]);
+    store_vector(tiles.sums + code * tiles.dim + column, out);
   }
   __syncthreads();
+}
+
+// Finishes some columns of a code that spans several tiles, and writes the zeros of one without
+// rows. Called by all threads of the block; `shared` has kCombineWidth entries per thread.
+__device__ inline void combine_code(const SegmentTiles& tiles, const Combine& combine, int64_t task,
+                                    double* shared) {
+  if (combine.width == kCombineWidth) {
+    combine_columns<kCombineWidth>(tiles, combine, task, shared);
+  } else {
+    combine_columns<1>(tiles, combine, task, shared);
+  }
 }
 
 }  // namespace cuda

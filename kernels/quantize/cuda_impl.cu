@@ -87,14 +87,15 @@ __device__ void finish_statistics(const SegmentTiles& tiles, const Statistics& s
 }
 
 __global__ void __launch_bounds__(kThreads)
-    _quantize_finish_kernel(SegmentTiles tiles, int64_t tasks, int columns, Statistics statistics) {
-  __shared__ double shared[kThreads];
+    _quantize_finish_kernel(SegmentTiles tiles, int64_t tasks, Combine combine,
+                            Statistics statistics) {
+  __shared__ double shared[kThreads * kCombineWidth];
   if (blockIdx.x == gridDim.x - 1) {
     finish_statistics(tiles, statistics, shared);
     return;
   }
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x - 1) {
-    combine_code(tiles, task, columns, shared);
+    combine_code(tiles, combine, task, shared);
   }
 }
 
@@ -113,10 +114,10 @@ void forward_pass(const char* op, const QuantizeForwardCudaArgs& args, cudaStrea
   const int64_t blocks = wanted < kQuantizeBlocks ? wanted : kQuantizeBlocks;
   launch(op, _segment_tiles_kernel<T, kWidth, WriteQuantized<T, kWidth>>,
          static_cast<unsigned>(blocks), kThreads, 0, stream, tiles, visitor);
-  const int64_t tasks = combine_tasks(tiles);
+  const Combine combine = combine_of(tiles);
+  const int64_t tasks = combine_tasks(tiles, combine);
   launch(op, _quantize_finish_kernel, blocks_for(tasks) + 1, kThreads, 0, stream, tiles, tasks,
-         combine_columns(args.dim),
-         Statistics{args.block_errors, blocks, args.error, args.perplexity});
+         combine, Statistics{args.block_errors, blocks, args.error, args.perplexity});
 }
 
 // scales = {grad_commitment, grad_codebook_loss} * 2 / (V D), on the device: no host sync.

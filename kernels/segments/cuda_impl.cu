@@ -271,10 +271,10 @@ struct SumOnly {
 };
 
 __global__ void __launch_bounds__(kSegmentThreads)
-    _segment_combine_kernel(SegmentTiles tiles, int64_t tasks, int columns) {
-  __shared__ double shared[kSegmentThreads];
+    _segment_combine_kernel(SegmentTiles tiles, int64_t tasks, Combine combine) {
+  __shared__ double shared[kSegmentThreads * kCombineWidth];
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    combine_code(tiles, task, columns, shared);
+    combine_code(tiles, combine, task, shared);
   }
 }
 
@@ -332,9 +332,10 @@ void segment_sum(const SegmentSumCudaArgs& args, void* stream) {
     const auto kernel =
         wide ? _segment_tiles_kernel<T, kWidth, SumOnly> : _segment_tiles_kernel<T, 1, SumOnly>;
     launch(op, kernel, segment_blocks(tiles), kSegmentThreads, 0, on, tiles, SumOnly());
-    const int64_t tasks = combine_tasks(tiles);
+    const Combine combine = combine_of(tiles);
+    const int64_t tasks = combine_tasks(tiles, combine);
     launch(op, _segment_combine_kernel, blocks_for(tasks), kSegmentThreads, 0, on, tiles, tasks,
-           combine_columns(args.dim));
+           combine);
   });
 }
 
