@@ -1,5 +1,5 @@
 // gumbel_quantize: a warp per row up to 512 codes, a block per row above. Of a row only its
-// probabilities are kept, in shared memory; the noise is never stored.
+// probabilities are kept, in shared memory or registers; the noise is never stored.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 #include "common/launch.h"
 #include "gumbel_quantize/cuda_impl.h"
 #include "gumbel_quantize/draw.cuh"
+#include "gumbel_quantize/held_row.cuh"
 #include "gumbel_quantize/row.cuh"
 
 namespace latent_rl {
@@ -92,6 +93,24 @@ __device__ void add_probabilities(const Row<T>& row, Team<kThreads>& team, float
   }
 }
 
+// Draws from a row, adds its probabilities to the team's sums, and returns the code.
+template <typename T>
+__device__ int take_row(const Row<T>& row, Team<kWarpSize>& team, float top, Moments* moments,
+                        float* sums, Near*, const T*) {
+  const int code = draw(row, team, top, moments);
+  if (code >= 0) add_probabilities(row, team, 1.0f / moments->mass, sums);
+  return code;
+}
+template <typename T>
+__device__ int take_row(const Row<T>& row, Team<kGumbelThreads>& team, float, Moments* moments,
+                        float* sums, Near* near, const T* next) {
+  if (next != nullptr) HeldRow<T>::prefetch(next, row.count);
+  HeldRow<T> held = {row, (row.quads() + kGumbelThreads - 1) / kGumbelThreads, {}};
+  const int code = held.draw(team, moments, near);
+  if (code >= 0) held.add_to(sums, 1.0f / moments->mass);
+  return code;
+}
+
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kGumbelThreads, kBlocksPerProcessor)
     _gumbel_forward_kernel(GumbelForwardCudaArgs args, Alignment alignment, int64_t teams) {
@@ -100,8 +119,11 @@ __global__ void __launch_bounds__(kGumbelThreads, kBlocksPerProcessor)
   ThisTeam team = {shared + ThisTeam::index(), 0};
   const int64_t id = static_cast<int64_t>(blockIdx.x) * ThisTeam::kTeams + ThisTeam::index();
   if (id >= teams) return;  // whole warps or whole blocks
-  float* values = dynamic_shared<float>() + ThisTeam::index() * 2 * padded(args);
-  float* sums = values + padded(args);
+  // A row's own room is the second half: a block that holds its rows needs it for soft codes alone.
+  __shared__ Near near;
+  const bool roomy = kThreads == kWarpSize || args.soft != nullptr;
+  float* sums = dynamic_shared<float>() + ThisTeam::index() * (roomy ? 2 : 1) * padded(args);
+  float* values = sums + padded(args);
   for (int64_t k = ThisTeam::thread(); k < padded(args) / kQuad; k += kThreads) {
     store_vector(sums + k * kQuad, Vector<float, kQuad>{});
   }
@@ -109,13 +131,11 @@ __global__ void __launch_bounds__(kGumbelThreads, kBlocksPerProcessor)
 #pragma unroll 1
   for (int64_t at = id; at < args.rows; at += teams) {
     const Row<T> row = row_at<T>(args, at, alignment.logits, values);
-    const float top = top_of_row(row, team);
+    const float top = roomy ? top_of_row(row, team) : 0.0f;
     Moments moments;
-    const int code = draw(row, team, top, &moments);
-    if (code >= 0) {
-      ++valid;
-      add_probabilities(row, team, 1.0f / moments.mass, sums);
-    }
+    const T* next = at + teams < args.rows ? row.logits + teams * args.row_stride : nullptr;
+    const int code = take_row(row, team, top, &moments, sums, &near, next);
+    valid += code >= 0 ? 1 : 0;
     if (ThisTeam::thread() == 0) {
       args.codes[at] = code;
       args.entropy[at] =
@@ -344,7 +364,9 @@ void gumbel_forward(const GumbelForwardCudaArgs& args, void* stream) {
       constexpr int kTeams = Team<kThreads>::kTeams;
       launch(op, _gumbel_forward_kernel<T, kThreads>,
              static_cast<unsigned>((teams + kTeams - 1) / kTeams), kGumbelThreads,
-             shared_bytes(args.num_codes, kTeams, 2), on, args, alignment, teams);
+             shared_bytes(args.num_codes, kTeams,
+                          kThreads == kWarpSize || args.soft != nullptr ? 2 : 1),
+             on, args, alignment, teams);
     });
   });
   launch(op, _gumbel_mean_kernel,

@@ -68,6 +68,7 @@ struct Team {
   // Two buffers in turn, so that one barrier per reduction is enough.
   struct Shared {
     float values[2][kWarps][kValues];
+    float tops[2][kWarps];
     double scores[kWarps];
     int codes[kWarps];
   };
@@ -104,10 +105,21 @@ struct Team {
     }
   }
 
+  // The greatest, which is no NaN: one operation per warp on integers in the order of the floats.
   __device__ float max(float value) {
-    float v[1] = {value};
-    reduce(v, [](int, float a, float b) { return a > b ? a : b; });
-    return v[0];
+    const int bits = __float_as_int(value);
+    const int best = __reduce_max_sync(kFullWarp, bits ^ (bits >> 31 & 0x7fffffff));
+    const float top = __int_as_float(best ^ (best >> 31 & 0x7fffffff));
+    if (kWarps == 1) return top;
+    float* buffer = shared->tops[turn];
+    turn ^= 1;
+    if (threadIdx.x % kWarpSize == 0) buffer[thread() / kWarpSize] = top;
+    __syncthreads();
+    float highest = buffer[0];
+    for (int warp = 1; warp < kWarps; ++warp) {
+      highest = buffer[warp] > highest ? buffer[warp] : highest;
+    }
+    return highest;
   }
 
   // The code of the greatest score, the lowest on ties.
