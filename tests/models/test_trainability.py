@@ -57,7 +57,7 @@ def test_activation_checkpointing_changes_no_gradient(case: Case) -> None:
     plain = policy_grads(model, case)
     model.activation_checkpointing_enable({"use_reentrant": False})
     assert model.is_activation_checkpointing
-    assert not case.model.backbone.is_activation_checkpointing  # frozen: nothing to recompute
+    assert not case.model.backbone.is_gradient_checkpointing  # frozen: nothing to recompute
     again = policy_grads(model, case)
     assert plain
     for a, b in zip(plain, again, strict=True):
