@@ -111,19 +111,16 @@ class LatentActionModel(nn.Module):
     ) -> None:
         """Recompute activations in the towers, and in the backbone when some of it is trained.
 
-        Args and meaning as in transformers; ``every_n_layers`` and ``offload`` need 5.23.
+        Args and meaning as in transformers. ``every_n_layers`` and ``offload`` other than the
+        defaults raise a TypeError under releases of it that do not know them.
         """
+        options: dict[str, Any] = {"every_n_layers": every_n_layers} if every_n_layers != 1 else {}
+        options |= {"offload": offload} if offload else {}
         for module in self._checkpointable():
             if hasattr(module, "activation_checkpointing_enable"):
-                module.activation_checkpointing_enable(
-                    activation_checkpointing_kwargs=activation_checkpointing_kwargs,
-                    every_n_layers=every_n_layers,
-                    offload=offload,
-                )
+                module.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
             else:
-                module.gradient_checkpointing_enable(
-                    gradient_checkpointing_kwargs=activation_checkpointing_kwargs
-                )
+                module.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def activation_checkpointing_disable(self) -> None:
         """Undo :meth:`activation_checkpointing_enable`."""
@@ -139,10 +136,13 @@ class LatentActionModel(nn.Module):
     # The names of transformers before 5.23, which its Trainer calls there.
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """See :meth:`activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """See :meth:`activation_checkpointing_disable`."""

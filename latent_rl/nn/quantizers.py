@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ class Quantized(NamedTuple):
     perplexity: Tensor
 
 
-@runtime_checkable
 class Quantizer(Protocol):
     """What the model asks of a quantizer (an ``nn.Module``)."""
 

@@ -23,10 +23,13 @@ def gumbel(k: int = 5, d: int = 3, **settings: float) -> GumbelQuantizer:
 
 
 def test_both_keep_the_protocol() -> None:
-    vector = VectorQuantizer(EmaCodebook(5, 3))
-    assert isinstance(vector, Quantizer)
-    assert isinstance(gumbel(), Quantizer)
-    assert (vector.feature_dim, gumbel().feature_dim) == (3, 5)
+    both: tuple[Quantizer, ...] = (VectorQuantizer(EmaCodebook(5, 3)), gumbel())
+    assert [quantizer.feature_dim for quantizer in both] == [3, 5]
+    for quantizer in both:
+        features = torch.randn(2, quantizer.feature_dim)
+        assert quantizer.codebook.num_codes == quantizer.scores(features).shape[1]
+        assert torch.equal(quantizer.scores(features).argmax(1), quantizer.codes(features))
+        assert quantizer(features, 0).codes.shape == (2,)
 
 
 def test_vq_value_is_the_code_and_gradient_goes_straight_through() -> None:

@@ -98,8 +98,8 @@ def test_the_padded_layout_ends_with_the_same_weights(tmp_path, plain):
 def test_gradient_checkpointing_ends_with_the_same_weights(tmp_path, plain):
     weights, _ = trained(
         tmp_path,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     assert_same(weights, plain)
 
