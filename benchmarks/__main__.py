@@ -245,6 +245,7 @@ def counters(
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("runs/profiles"),
     summary: Annotated[Path | None, typer.Option(help="Markdown file with the markers")] = None,
     label: Label = "",
+    commit: Annotated[str, typer.Option(help="of a tree without its history")] = "",
     inside: Annotated[bool, typer.Option("--inside", hidden=True)] = False,
 ) -> None:
     """Hardware counters of every op's kernels at its GPU shapes, the slowest in a table."""
@@ -259,7 +260,7 @@ def counters(
         profiled = ncu.by_case(ncu.parse(text), [str(case) for case in chosen])
     except (OSError, RuntimeError, ValueError) as error:
         raise refuse(error) from error
-    machine = hardware.machine_of(label)
+    machine = hardware.machine_of(label, commit)
     table = ncu.markdown(ncu.slowest(profiled, top), machine)
     path = hardware.default_path(machine) if raw is None else out / "counters.json"
     hardware.save(profiled, machine, path)
@@ -278,6 +279,7 @@ def timeline(
     out: Annotated[Path, typer.Option(help="folder of trace and picture")] = Path("runs/profiles"),
     summary: Annotated[Path | None, typer.Option(help="Markdown file with the markers")] = None,
     label: Label = "",
+    commit: Annotated[str, typer.Option(help="of a tree without its history")] = "",
 ) -> None:
     """One RL iteration as a chrome trace, a picture and a table of its phases."""
     # Imported here: the other commands need no trainer.
@@ -294,7 +296,9 @@ def timeline(
         trace = traces.read(path)
     except (OSError, ValueError) as error:
         raise refuse(error) from error
-    table = traces.markdown(traces.rows_of(trace), describe(where, label).as_dict(), str(sizes))
+    table = traces.markdown(
+        traces.rows_of(trace), describe(where, label, commit).as_dict(), str(sizes)
+    )
     plot = path.with_name(f"rl-iteration-{device}.png")
     problem = traces.draw(trace, plot)
     typer.echo(table)

@@ -135,11 +135,11 @@ def collect(ops: list[str] | None, out: Path, say: Callable[[str], None]) -> str
     return text
 
 
-def machine_of(label: str = "") -> dict[str, Any]:
+def machine_of(label: str = "", commit: str = "") -> dict[str, Any]:
     """Where the counters were read."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     version = output_of("sh", "-c", "ncu --version | tail -n 1")
-    return {**describe(device, label).as_dict(), "ncu": version or "Nsight Compute"}
+    return {**describe(device, label, commit).as_dict(), "ncu": version or "Nsight Compute"}
 
 
 def save(profiled: list[ncu.Profiled], machine: dict[str, Any], path: Path) -> None:
