@@ -49,7 +49,7 @@ class Decoder:
         hidden_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
         check_every: int | None = None,
-        prefill_prompts: int = 8,
+        prefill_prompts: int | None = None,
         compile: bool = False,  # noqa: A002
     ) -> None:
         """Nothing is allocated before the first call.
@@ -63,7 +63,9 @@ class Decoder:
             cuda_graphs: capture the step; default on CUDA devices. True elsewhere raises.
             check_every: steps between looks at which slots ended; default 1 on the CPU, where
                 looking is free, and 8 on CUDA, where it costs a wait.
-            prefill_prompts: prompts read in one batch, at most.
+            prefill_prompts: prompts read in one batch, at most; by default as many as may hold a
+                quarter of the caches' bytes (64 MiB where that is more) while they are read: see
+                :meth:`plan`.
             compile: run the step through ``torch.compile``; pays off from a few hundred steps on.
 
         Raises:
@@ -80,7 +82,7 @@ class Decoder:
             raise ValueError(f"Decoder: slots must be >= 1, got {slots}")
         if check_every is not None and check_every < 1:
             raise ValueError(f"Decoder: check_every must be >= 1, got {check_every}")
-        if prefill_prompts < 1:
+        if prefill_prompts is not None and prefill_prompts < 1:
             raise ValueError(f"Decoder: prefill_prompts must be >= 1, got {prefill_prompts}")
         self.model = model
         self.slots = slots
@@ -216,6 +218,15 @@ class Decoder:
             num_codes=model.latent_config.num_codes,
             device=model.device,
         )
+        longest = max(int(prompt["input_ids"].shape[1]) for prompt in prompts)
+        plan = self.plan(
+            requests=requests,
+            prompt_tokens=longest,
+            new_tokens=max(limits),
+            num_generations=num_generations,
+            return_hidden=return_hidden,
+        )
+        plan.check(model.device, held=self._workspace.num_bytes if self._workspace else 0)
         job = Job(
             prompts=prompts,
             num_generations=num_generations,
@@ -224,16 +235,8 @@ class Decoder:
             settings=settings,
             steering=steering,
             hidden_dtype=(self.hidden_dtype or model.dtype) if return_hidden else None,
-            prefill_prompts=self._prefill_prompts,
+            prefill_prompts=plan.prefill_prompts,
         )
-        longest = job.longest_prompt
-        self.plan(
-            requests=requests,
-            prompt_tokens=longest,
-            new_tokens=max(limits),
-            num_generations=num_generations,
-            return_hidden=return_hidden,
-        ).check(model.device, held=self._workspace.num_bytes if self._workspace else 0)
         workspace = self._space(self._layout(requests, longest, max(limits), num_generations))
         self.last_run = DecodeRun(model, workspace, job, tokenizer=self.tokenizer)
         return self.last_run
@@ -263,6 +266,7 @@ class Decoder:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             hidden_dtype=(self.hidden_dtype or self.model.dtype) if return_hidden else None,
+            prefill_prompts=self._prefill_prompts,
         )
 
     def release(self) -> None:

@@ -12,6 +12,11 @@ from latent_rl.models import LatentActionModel
 
 __all__ = ["DecodePlan", "make_plan"]
 
+# Of what reading prompts may hold for a moment, where no number of prompts is given: this share of
+# the caches, and what is little beside any model's caches.
+_PREFILL_SHARE = 4
+_LEAST_PREFILL_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class DecodePlan:
@@ -23,6 +28,9 @@ class DecodePlan:
         tables_bytes: what merging adds for each code, made once per call.
         results_bytes: tokens, codes and their numbers.
         replay_bytes: states kept for replay.
+        prefill_bytes: keys, values, masks and the widest layer's activations of the prompts read
+            together, held while they are read; a vision tower's own activations are not in it.
+        prefill_prompts: prompts read together, at most. No bytes.
     """
 
     weights_bytes: int
@@ -30,6 +38,8 @@ class DecodePlan:
     tables_bytes: int
     results_bytes: int
     replay_bytes: int
+    prefill_bytes: int
+    prefill_prompts: int
 
     @property
     def total_bytes(self) -> int:
@@ -39,7 +49,8 @@ class DecodePlan:
     @property
     def new_bytes(self) -> int:
         """What a first call allocates on top of the weights."""
-        return self.cache_bytes + self.tables_bytes + self.results_bytes + self.replay_bytes
+        kept = self.cache_bytes + self.tables_bytes + self.results_bytes + self.replay_bytes
+        return kept + self.prefill_bytes
 
     def check(self, device: torch.device, held: int = 0) -> None:
         """Raise when the device has less memory free than the call needs.
@@ -73,6 +84,7 @@ class DecodePlan:
                 f"(replay: {_gib(self.replay_bytes)})",
             ),
             (self.tables_bytes, f"the number of codes (tables: {_gib(self.tables_bytes)})"),
+            (self.prefill_bytes, f"prefill_prompts (prefill: {_gib(self.prefill_bytes)})"),
             (self.results_bytes, f"requests per call (results: {_gib(self.results_bytes)})"),
         ]
         lower = "; ".join(text for part, text in sorted(advice, reverse=True) if part)
@@ -94,6 +106,15 @@ def _tables_bytes(model: LatentActionModel) -> int:
     return len(blocks) * 2 * model.latent_config.num_codes * weight.shape[0] * item
 
 
+def _prefill_token_bytes(model: LatentActionModel, cached: int, prompt_tokens: int) -> int:
+    """What reading a prompt's token holds: its keys and values, the widest layer, its mask row."""
+    config: Any = model.decoder.config
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    # The residual, its norm and two more of its width; gate, up and their product.
+    return cached + (4 * hidden + 3 * inner + prompt_tokens) * model.dtype.itemsize
+
+
 def make_plan(
     model: LatentActionModel,
     *,
@@ -102,8 +123,12 @@ def make_plan(
     prompt_tokens: int,
     new_tokens: int,
     hidden_dtype: torch.dtype | None,
+    prefill_prompts: int | None = None,
 ) -> DecodePlan:
     """Count; see ``Decoder.plan``.
+
+    Without ``prefill_prompts`` as many prompts are read together as hold a quarter of the bytes of
+    the caches, or 64 MiB where that is more, while they are read.
 
     Raises:
         ValueError: for layers without a static cache.
@@ -117,10 +142,17 @@ def make_plan(
     if hidden_dtype is not None:
         states = rows * (prompt_tokens + new_tokens - 1)
         hidden = states * int(model.decoder.config.hidden_size) * hidden_dtype.itemsize
+    cache = layout.positions * width
+    prompt = prompt_tokens * _prefill_token_bytes(model, width, prompt_tokens)
+    if prefill_prompts is None:
+        prefill_prompts = max(cache // _PREFILL_SHARE, _LEAST_PREFILL_BYTES) // prompt
+    together = min(max(prefill_prompts, 1), layout.prompts)
     return DecodePlan(
         weights_bytes=weights,
-        cache_bytes=layout.positions * width,
+        cache_bytes=cache,
         tables_bytes=_tables_bytes(model),
         results_bytes=rows * new_tokens * (2 * 8 + 3 * 4),
         replay_bytes=hidden,
+        prefill_bytes=together * prompt,
+        prefill_prompts=together,
     )

@@ -175,19 +175,24 @@ class DecodeRun:
     def _admit(self) -> None:
         """Fill free slots from the queue; a prompt is read when its first request comes."""
         group = self._job.num_generations
-        while self._queue and (free := self._free_slots):
+        fresh: list[tuple[Prefill, list[int]]] = []
+        free = self._free_slots
+        while self._queue and free:
             prompt = self._queue[0] // group
             if prompt not in self._prefills:
                 if not self._free_places:
-                    return
+                    break
                 self._read_prompts(self._next_prompts(free))
                 continue
             requests: list[int] = []
             while self._queue and self._queue[0] // group == prompt and len(requests) < free:
                 requests.append(self._queue.popleft())
-            self._place(self._prefills[prompt], requests)
+            fresh.append((self._prefills[prompt], requests))
+            free -= len(requests)
             if not self._queue or self._queue[0] // group != prompt:
                 del self._prefills[prompt]
+        if fresh:
+            self._place(fresh)
 
     def _next_prompts(self, free: int) -> list[int]:
         """Prompts to read together: those whose requests fit the free slots, but few at once."""
@@ -240,30 +245,41 @@ class DecodeRun:
             self._errors[request] = error
             self._results.reasons[request] = "failed"
 
-    def _place(self, read: Prefill, requests: list[int]) -> None:
-        """Give requests of one prompt the next slots, and let them say their first token."""
-        space, job = self._space, self._job
+    def _place(self, fresh: list[tuple[Prefill, list[int]]]) -> None:
+        """Give requests, by their prompts, the next slots, and let them say their first token."""
+        space, job, rows = self._space, self._job, self._space.rows
+        requests = [request for _, some in fresh for request in some]
+        reads = [read for read, some in fresh for _ in some]
         at = slice(len(self._slots), len(self._slots) + len(requests))
         device = space.device
         chosen = torch.tensor(requests, device=device)
-        rows = space.rows
-        rows.lengths[at] = rows.shared[at] = read.length
-        place = self._places[requests[0] // job.num_generations]
-        rows.shared_at[at] = space.layout.prompt_at(place)
-        rows.positions[:, at] = read.positions[:, 0, -1:] + 1
+        places = [self._places[request // job.num_generations] for request in requests]
+        rows.lengths[at] = rows.shared[at] = torch.tensor([r.length for r in reads], device=device)
+        rows.shared_at[at] = torch.tensor(
+            [space.layout.prompt_at(place) for place in places], device=device
+        )
+        kinds = rows.positions.shape[0]
+        last = [read.positions[:, 0, -1:].expand(kinds, -1) for read in reads]
+        rows.positions[:, at] = torch.cat(last, 1) + 1
         rows.steps[at] = 0
         rows.limits[at] = torch.tensor([job.limits[r] for r in requests], device=device)
         rows.seeds[at] = job.seeds[chosen]
-        rows.text_only[at] = read.text_only
+        rows.text_only[at] = torch.cat([read.text_only for read in reads])
         rows.active[at] = True
         if job.steering.allowed is not None:
             rows.allowed[:, at] = job.steering.allowed[chosen].T
         space.requests[at] = chosen
-        self._slots += [_Slot(r, read.length) for r in requests]
+        self._slots += [
+            _Slot(request, read.length) for request, read in zip(requests, reads, strict=True)
+        ]
         self._steer(at)
-        n = len(requests)
-        logits = None if read.policy_logits is None else read.policy_logits.expand(n, -1)
-        self._step().act(at, read.state.expand(n, -1), logits, read.hidden.dtype)
+        logits = [read.policy_logits for read in reads if read.policy_logits is not None]
+        self._step().act(
+            at,
+            torch.cat([read.state for read in reads]),
+            torch.cat(logits) if logits else None,
+            reads[0].hidden.dtype,
+        )
         self._results.record(space.said, space.requests[at], at, decoded=False, idle=False)
         for slot in self._slots[at]:
             slot.said = 1

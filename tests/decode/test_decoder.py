@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latent_rl.decode import DecodeOutput, Decoder
+from latent_rl.decode import DecodeOutput, DecodePlan, Decoder
 from latent_rl.models import LatentGeneration
 from tests.models.conftest import Case, build
 from tests.tiny_models import ARCHITECTURES, render, tiny_image
@@ -131,6 +131,46 @@ def test_few_places_for_prompts_make_the_queue_wait(qwen, monkeypatch, slots, ov
     assert decoder._workspace is not None
     assert decoder._workspace.layout.prompts <= 1 + overlap * 3
     same(out, plenty)
+
+
+def test_prompts_are_read_together_as_the_plan_says(qwen, monkeypatch) -> None:
+    inputs = batch_of(qwen, 12)
+    reads: list[int] = []
+    qwen.model.decoder.register_forward_hook(
+        lambda module, args, kwargs, out: (
+            reads.append(out.last_hidden_state.shape[0])
+            if out.last_hidden_state.shape[1] > 1
+            else None
+        ),
+        with_kwargs=True,
+    )
+    sizes = {
+        "requests": 12, "prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": 6,
+    }  # fmt: skip
+
+    def run(**options: Any) -> tuple[LatentGeneration, DecodePlan, list[int]]:
+        reads.clear()
+        decoder = Decoder(qwen.model, **options)
+        settings = {"max_new_tokens": 6, "min_new_tokens": 0, "seed": 5}
+        out = decoder.generate(inputs, **settings).generation
+        return out, decoder.plan(**sizes), [*reads]
+
+    together, plan, found = run()
+    # Little beside 64 MiB.
+    assert (found, plan.prefill_prompts) == ([12], 12)
+    given, plan, found = run(prefill_prompts=5)
+    assert (found, plan.prefill_prompts) == ([5, 5, 2], 5)
+    monkeypatch.setattr("latent_rl.decode.memory._LEAST_PREFILL_BYTES", 0)
+    by_share, plan, found = run()
+    many = plan.prefill_prompts
+    assert 1 <= many < 12
+    assert found == [many] * (12 // many) + [12 % many] * (12 % many > 0)
+    each = plan.prefill_bytes // many
+    assert many == 1 or plan.prefill_bytes <= plan.cache_bytes / 4 < plan.prefill_bytes + each
+    kept = plan.cache_bytes + plan.tables_bytes + plan.results_bytes + plan.replay_bytes
+    assert plan.new_bytes == kept + plan.prefill_bytes
+    same(given, together)
+    same(by_share, together)
 
 
 def test_completions_of_a_prompt_share_its_keys(qwen) -> None:

@@ -194,7 +194,7 @@ def test_the_plan_counts_what_is_allocated(qwen, trio) -> None:
 
 
 def test_a_plan_that_does_not_fit_says_what_to_lower() -> None:
-    plan = DecodePlan(10, 3 << 30, 0, 1 << 20, 2 << 30)
+    plan = DecodePlan(10, 3 << 30, 0, 1 << 20, 2 << 30, 0, 1)
     plan.fit(6 << 30)
     with pytest.raises(
         MemoryError,
