@@ -15,6 +15,7 @@ from benchmarks import ncu, report, results, roofline
 from benchmarks import verify as verification
 from benchmarks.machine import ROOT, describe
 from benchmarks.order import lines_of, suggest
+from benchmarks.packages import why_absent
 from benchmarks.profile import Target
 from benchmarks.profile import profile as profile_target
 from benchmarks.registry import OURS, Pass, entries
@@ -26,6 +27,7 @@ from latent_rl.backends import OPS, explain
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 # Five rounds of every contestant give about as many calls as a device's clocks need to settle.
+TUNED = ROOT / "runs" / "benchmarks" / "tuned.json"
 ORDERS = ROOT / "runs" / "benchmarks" / "order.json"
 QUICK_ROUNDS, QUICK_BUDGET_S = 7, 1.0
 
@@ -206,6 +208,48 @@ def backend_order(
         raise refuse(error) from error
     for found in suggest(data):
         typer.echo("\n".join(lines_of(found)))
+
+
+@app.command()
+def tune(
+    ops: Annotated[list[str] | None, typer.Argument(help="all with a table by default")] = None,
+    device: Device = "cuda",
+    shapes: Annotated[str, typer.Option(help="own sizes, as 40x16x8; all declared")] = "",
+    dtype: Annotated[str, typer.Option(help="as declared by default")] = "",
+    budget_s: Annotated[float, typer.Option(help="seconds for everything")] = 480.0,
+    limit: Annotated[int, typer.Option(min=2, help="configurations per shape")] = 60,
+    workers: Annotated[int, typer.Option(min=1, help="that compile at once")] = 12,
+    output: Annotated[Path, typer.Option(help="JSON file to write")] = TUNED,
+    label: Label = "",
+    commit: Annotated[str, typer.Option(help="of a tree without its history")] = "",
+) -> None:
+    """Sweep the Triton kernels' tiles: the best five, the table's choice, rows to paste."""
+    from benchmarks.tune.spaces import TUNABLES
+    from benchmarks.tune.sweep import Plan, shared_choices, sweep
+
+    try:
+        Options(device=device).check()
+        if problem := why_absent("triton"):
+            raise ValueError(problem)
+        plan = Plan(
+            ops=tuple(ops or TUNABLES),
+            device=device,
+            budget_s=budget_s,
+            limit=limit,
+            workers=workers,
+            # The interpreter's times say nothing: one call shows that all works.
+            calls=12 if device == "cuda" else 1,
+            rounds=4 if device == "cuda" else 0,
+            shapes=tuple(split(shapes) or ()) or None,
+            dtypes=tuple(split(dtype) or ()) or None,
+        )
+        machine = describe(torch.device(device), label, commit)
+        points = sweep(plan, machine, output, typer.echo)
+    except (ValueError, RuntimeError) as error:
+        raise refuse(error) from error
+    for line in shared_choices(points):
+        typer.echo(line)
+    typer.echo(f"wrote {output}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol
 
-from benchmarks.worker import Failed, Ready, Task, serve
+from benchmarks.worker import Contestant, Failed, Ready, Task, serve
 
 # A call this slow takes part in few rounds: its relative noise is small and its time is not.
 SLOW_MS, SLOW_ROUNDS = 500.0, 3
@@ -33,8 +33,15 @@ class Handle(Protocol):
 class Process:
     """A contestant in a process of its own; a dead or stuck process is a result too."""
 
-    def __init__(self, name: str, threads: int, limit_s: float) -> None:
-        self.name, self.threads, self.limit_s = name, threads, limit_s
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        limit_s: float,
+        holder: Callable[[int], Any] = Contestant,
+    ) -> None:
+        """``holder(threads)`` is made in the process; its methods are what can be asked."""
+        self.name, self.threads, self.limit_s, self._holder = name, threads, limit_s, holder
         self._connection: Connection | None = None
         self._process: Any = None
 
@@ -42,7 +49,9 @@ class Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.threads), daemon=True)
+        self._process = context.Process(
+            target=serve, args=(theirs, self.threads, self._holder), daemon=True
+        )
         self._process.start()
         theirs.close()
         self._connection = ours

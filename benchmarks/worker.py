@@ -223,10 +223,10 @@ def truth_of(truth: Callable[[Inputs], Tensor], task: Task, inputs: Inputs, whic
     return torch.load(path, weights_only=True).to(task.device)
 
 
-def serve(connection: Connection, threads: int) -> None:
-    """Answer the parent until it closes the connection."""
+def serve(connection: Connection, threads: int, holder: Callable[[int], Any]) -> None:
+    """Answer the parent, by methods of ``holder(threads)``, until it closes the connection."""
     set_threads(threads)
-    contestant = Contestant(threads)
+    contestant = holder(threads)
     while True:
         try:
             method, arguments = connection.recv()

@@ -55,12 +55,19 @@ def composed_compiled(inputs: Inputs, which: Pass) -> Call:
 
 
 def flashinfer(inputs: Inputs, which: Pass) -> Call:
-    """Codes alone: it returns no log-probabilities and takes no seeds per row."""
+    """Codes alone: no log-probabilities, and a draw depends on the row's place in the batch."""
     from flashinfer.sampling import top_k_top_p_sampling_from_logits
 
     logits = inputs["logits"].float()
+    # Seeds in tensors are what a captured graph needs.
+    stream = {"seed": inputs["seeds"], "offset": inputs["offsets"]}
     return lambda: top_k_top_p_sampling_from_logits(
-        logits / TEMPERATURE, TOP_K, TOP_P, filter_apply_order="top_k_first", deterministic=True
+        logits / TEMPERATURE,
+        TOP_K,
+        TOP_P,
+        filter_apply_order="top_k_first",
+        deterministic=True,
+        **stream,
     )
 
 

@@ -126,45 +126,72 @@ def _gated_merge_fwd_kernel(
 
 
 def gated_merge_forward(
-    e: Tensor, codes: Tensor, codebook: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+    e: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge block; contract and arguments as the reference, for bfloat16 and float16.
 
     A row's pre-activations do not depend on its batch: every configuration adds up H in the order
-    of the matrix unit, and no product is split along it.
+    of the matrix unit, and no product is split along it. ``config`` replaces the table's choice.
     """
     if INTERPRETED and e.dtype == torch.bfloat16:
         # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
         wide = (t.float() for t in (e, codebook, w_gate, w_up, w_down))
-        out = _forward(*wide, codes)
+        out = _forward(*wide, codes, config)
         return out[0].bfloat16(), out[1].bfloat16(), out[2].bfloat16()
-    return _forward(e, codebook, w_gate, w_up, w_down, codes)
+    return _forward(e, codebook, w_gate, w_up, w_down, codes, config)
 
 
 def gated_merge_step(
-    e: Tensor, codes: Tensor, tables: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+    e: Tensor,
+    codes: Tensor,
+    tables: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    config: Config | None = None,
 ) -> Tensor:
-    """The block's output alone, from tables [2, K, I] float32 made before; see the reference."""
+    """The block's output alone, from tables [2, K, I] float32 made before; see the reference.
+
+    ``config`` replaces the table's choice.
+    """
     if INTERPRETED and e.dtype == torch.bfloat16:
         wide = (t.float() for t in (e, w_gate, w_up, w_down))
-        return _step(*wide, tables, codes).bfloat16()
-    return _step(e, w_gate, w_up, w_down, tables, codes)
+        return _step(*wide, tables, codes, config).bfloat16()
+    return _step(e, w_gate, w_up, w_down, tables, codes, config)
 
 
 def _forward(
-    e: Tensor, codebook: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, codes: Tensor
+    e: Tensor,
+    codebook: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    codes: Tensor,
+    config: Config | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, shape = e.shape[1], (e.shape[0], w_gate.shape[0])
     pre_gate, pre_up = (torch.empty(shape, dtype=e.dtype, device=e.device) for _ in range(2))
     tables = _table(codebook, w_gate[:, hidden:]), _table(codebook, w_up[:, hidden:])
-    activation = _activation(e, w_gate, w_up, tables, codes, (pre_gate, pre_up))
+    activation = _activation(e, w_gate, w_up, tables, codes, (pre_gate, pre_up), config)
     return torch.mm(activation, w_down.T), pre_gate, pre_up
 
 
 def _step(
-    e: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tables: Tensor, codes: Tensor
+    e: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    tables: Tensor,
+    codes: Tensor,
+    config: Config | None,
 ) -> Tensor:
-    activation = _activation(e, w_gate, w_up, (tables[0], tables[1]), codes, None)
+    activation = _activation(e, w_gate, w_up, (tables[0], tables[1]), codes, None, config)
     return torch.mm(activation, w_down.T)
 
 
@@ -175,6 +202,7 @@ def _activation(
     tables: tuple[Tensor, Tensor],
     codes: Tensor,
     kept: tuple[Tensor, Tensor] | None,
+    config: Config | None,
 ) -> Tensor:
     """silu(gate) * up, [N, I]; the pre-activations go to ``kept`` where it is given."""
     e, w_gate, w_up = (_rows_of(t) for t in (e, w_gate, w_up))
@@ -184,7 +212,7 @@ def _activation(
     activation = torch.empty((n, inner), dtype=e.dtype, device=e.device)
     if n == 0:
         return activation
-    config = config_for(n, e.device)
+    config = config or config_for(n, e.device)
     grid = (triton.cdiv(n, config.block_n) * triton.cdiv(inner, config.block_i),)
     pre_gate, pre_up = (activation, activation) if kept is None else kept
     with torch.cuda.device(e.device if e.is_cuda else -1):

@@ -67,10 +67,13 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     return codes, distance
 
 
-def nearest_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """The codes of ``nearest_code``, without the pass over the rows that distances take."""
+def nearest_codes(x: Tensor, codebook: Tensor, metric: str, config: Config | None = None) -> Tensor:
+    """The codes of ``nearest_code``, without the pass over the rows that distances take.
+
+    ``config`` replaces the table's choice of the screen's tiles; codes do not depend on it.
+    """
     with torch.cuda.device_of(x):
-        return _Search.of(x, codebook, metric).codes()[0]
+        return _Search.of(x, codebook, metric, config).codes()[0]
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,10 @@ class _Search:
     codebook: Tensor
     metric: str
     round: bool  # float32, which tf32 does not hold; 16-bit values are multiplied as they are
+    config: Config | None = None  # of the screen, in the place of the table's
 
     @staticmethod
-    def of(x: Tensor, codebook: Tensor, metric: str) -> _Search:
+    def of(x: Tensor, codebook: Tensor, metric: str, config: Config | None = None) -> _Search:
         rounded = x.dtype == torch.float32
         if INTERPRETED and x.dtype == torch.bfloat16:
             # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were
@@ -138,7 +142,7 @@ class _Search:
             x, codebook = x.float(), codebook.float()
         if x.stride(-1) != 1:
             x = x.contiguous()
-        return _Search(x, codebook.contiguous(), metric, rounded)
+        return _Search(x, codebook.contiguous(), metric, rounded, config)
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes int64 [G, N], and how many rows of every group were searched again."""
@@ -203,6 +207,8 @@ class _Search:
         )
 
     def _config(self) -> Config:
+        if self.config is not None:
+            return self.config
         _, n, width = self.x.shape
         machine = machine_of(self.x.device)
         return choose(machine.architecture, self.x.dtype, n, width)

@@ -162,20 +162,37 @@ def _slot_attention_join_kernel(
 
 
 def slot_attention(
-    query: Tensor, keys: Tensor, values: Tensor, runs: Tensor, longest: int, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    runs: Tensor,
+    longest: int,
+    scale: float,
+    config: Config | None = None,
 ) -> Tensor:
-    """Contract and arguments as the reference, without float64; no host synchronisation."""
+    """Contract and arguments as the reference, without float64; no host synchronisation.
+
+    ``config`` replaces the dtype's own: another stretch joins in another order.
+    """
     dtype = query.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
         query, keys, values = query.float(), keys.float(), values.float()
     with torch.cuda.device_of(query):
-        out = _attend(query.contiguous(), _heads(keys), _heads(values), runs, longest, scale)
+        chosen = config or CONFIGS[query.dtype]
+        stored = _heads(keys), _heads(values)
+        out = _attend(query.contiguous(), *stored, runs, longest, scale, chosen)
     return out.to(dtype)
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, runs: Tensor, longest: int, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    runs: Tensor,
+    longest: int,
+    scale: float,
+    config: Config,
 ) -> Tensor:
     """[N, Hq, E] in the query's dtype; launches on the current device."""
     rows, heads, dim = query.shape
@@ -183,7 +200,6 @@ def _attend(
     out = torch.empty(rows, heads, width, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    config = CONFIGS[query.dtype]
     stretches = triton.cdiv(longest, config.stretch)
     parts = (rows, heads, stretches)
     top = torch.empty(parts, dtype=torch.float32, device=query.device)

@@ -1,0 +1,1 @@
+"""Sweeps over the tiles of the Triton kernels that choose theirs from a table."""
