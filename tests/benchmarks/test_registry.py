@@ -196,8 +196,9 @@ class TestPeersComputeTheSame:
         t = ENTRIES["decode_tail"].make_inputs(Shape(sizes), CPU, torch.float32)
         tail = decode_tail.Tail(t)
         first = tail().clone()
-        greedy = {**t, "sampled": torch.tensor(0)}
-        assert torch.equal(decode_tail.spoken(greedy, first[:, 1]), first[:, 0]) == (not sampled)
+        theirs = decode_tail.Composed({**t, "sampled": torch.tensor(0)})
+        tokens = theirs.spoken(t["state"], first[:, 1])
+        assert torch.equal(tokens, first[:, 0]) == (not sampled)
         # Each call is a step further along the rows' streams.
         assert not torch.equal(tail(), first)
         assert tail.rows.steps.tolist() == [2] * sizes["B"]
