@@ -42,7 +42,7 @@ def check(emulated, in_every_order):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("num_codes", [1, 7, 130, 1000])
+@pytest.mark.parametrize("num_codes", [1, 7, 130, 512, 1000])
 def test_equals_the_reference(check, num_codes, options) -> None:
     check(2 * torch.randn(5, num_codes), **options)
 
