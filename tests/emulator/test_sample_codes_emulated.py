@@ -52,9 +52,9 @@ def test_every_dtype(check, dtype) -> None:
     check((2 * torch.randn(4, 50)).to(dtype), top_k=20, top_p=0.9)
 
 
-@pytest.mark.parametrize("top_k", [1, 3, 34])
-def test_ties_at_the_boundary_keep_the_lowest_ids(check, top_k) -> None:
-    logits = torch.zeros(8, 40)
+@pytest.mark.parametrize(("num_codes", "top_k"), [(40, 1), (40, 3), (40, 34), (600, 3)])
+def test_ties_at_the_boundary_keep_the_lowest_ids(check, num_codes, top_k) -> None:
+    logits = torch.zeros(8, num_codes)
     logits[4:, 5:] = -1.0
     codes = check(logits, top_k=top_k)[0]
     assert codes.max() < top_k

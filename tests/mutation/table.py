@@ -66,8 +66,8 @@ MUTATIONS = (
     Mutation(
         "slot_attention triton: stretches are joined without rescaling",
         "kernels/slot_attention/triton_impl.py",
-        "total = total * shrink + part * grow",
-        "total = total + part",
+        "total += part * weight",
+        "total += part",
         (f"{_OPS}triton_slot_attention.py::test_in_the_interpreter",),
     ),
     Mutation(
@@ -76,6 +76,20 @@ MUTATIONS = (
         "before >= keep",
         "before > keep",
         (f"{_EMULATED}sample_codes_emulated.py",),
+    ),
+    Mutation(
+        "sample_codes cuda: of equal codes the highest ids come first",
+        "kernels/sample_codes/cuda_impl.cu",
+        "(key == mine[i] && other < k)",
+        "(key == mine[i] && other > k)",
+        (f"{_EMULATED}sample_codes_emulated.py",),
+    ),
+    Mutation(
+        "nearest_code triton: parts of the codebook are merged without their codes",
+        "kernels/nearest_code/rerank.py",
+        "code = tl.where(nearer, found, code)",
+        "code = tl.where(nearer, code, found)",
+        (f"{_OPS}nearest_code.py::test_triton_in_the_interpreter",),
     ),
     Mutation(
         "sample_tokens cuda: float32 decides what float64 should",
