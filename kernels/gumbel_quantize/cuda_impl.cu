@@ -78,7 +78,8 @@ __device__ void write_soft(const GumbelForwardCudaArgs& args, const Row<T>& row,
 }
 
 struct Alignment {
-  bool logits, rows, vectors;  // of quads of logits; of quads of [N, K] results; of code vectors
+  bool logits, rows;  // of quads of logits, and of [N, K] results
+  bool vectors;       // of code vectors; in the backward of quads of [K] gradients
 };
 
 // Adds the row's probabilities to the team's sums.
@@ -199,14 +200,14 @@ struct BackwardRow {
   const T* g_soft;
   const float* g_mean;
   float top, highest;
-  bool aligned;
+  bool aligned, mean_aligned;
 
   // Logits less the top, the relaxed one-hot but for its sum, and the gradients of four codes.
   __device__ void load(int quad, float (&lower)[kQuad], float (&soft)[kQuad], float (&g)[kQuad],
                        float (&mean)[kQuad]) const {
     row.load(quad, lower);
     load_quad(g_soft, quad, row.count, aligned, 0.0f, g);
-    load_quad(g_mean, quad, row.count, false, 0.0f, mean);
+    load_quad(g_mean, quad, row.count, mean_aligned, 0.0f, mean);
     const Vector<float, kQuad> noisy = row.get(quad);
     for (int j = 0; j < kQuad; ++j) {
       lower[j] = max_or_nan(lower[j] - top, kVeryLow);
@@ -239,6 +240,7 @@ template <typename T, int kThreads>
 __device__ void write_gradients(const GumbelBackwardCudaArgs& args, const BackwardRow<T>& here,
                                 Team<kThreads>& team, int64_t at, const float (&sums)[kSums]) {
   const int64_t begin = at * args.num_codes;
+  const float inverse_tau = 1.0f / args.tau;
   const float soft_share = 1.0f / sums[kSoftMass];
   const float soft_mean = sums[kSoftDot] * soft_share;
   const float share = 1.0f / sums[kMass];
@@ -256,7 +258,7 @@ __device__ void write_gradients(const GumbelBackwardCudaArgs& args, const Backwa
     for (int j = 0; j < kQuad; ++j) {
       const float p = weight_of<T>(lower[j]) * share;
       soft[j] *= soft_share;
-      g[j] = soft[j] * (g[j] - soft_mean) / args.tau +
+      g[j] = soft[j] * (g[j] - soft_mean) * inverse_tau +
              p * (per_row * (mean[j] - mean_mean) - g_entropy * (lower[j] - log_mass + entropy));
     }
     store_quad(static_cast<T*>(args.dlogits) + begin, quad, here.row.count, here.aligned, g);
@@ -296,9 +298,13 @@ __global__ void __launch_bounds__(kGumbelThreads, kBlocksPerProcessor)
     }
     const float top = top_of_row(row, team);
     const float highest = add_noise(row, team, top, args.tau);
-    const BackwardRow<T> here = {
-        row,           static_cast<const T*>(args.g_soft) + begin, args.g_mean_probs, top, highest,
-        alignment.rows};
+    const BackwardRow<T> here = {row,
+                                 static_cast<const T*>(args.g_soft) + begin,
+                                 args.g_mean_probs,
+                                 top,
+                                 highest,
+                                 alignment.rows,
+                                 alignment.vectors};
     float sums[kSums] = {};
     row_sums(here, team, sums);
     write_gradients(args, here, team, at, sums);
@@ -385,7 +391,7 @@ void gumbel_backward(const GumbelBackwardCudaArgs& args, void* stream) {
                                  quads_align<T>(args.g_soft, args.num_codes) &&
                                      quads_align<T>(args.dlogits, args.num_codes) &&
                                      quads_align<T>(args.soft, args.num_codes),
-                                 false};
+                                 quads_align<float>(args.g_mean_probs, args.num_codes)};
     with_team(args.num_codes, [&](auto threads) {
       constexpr int kThreads = decltype(threads)::value;
       constexpr int kTeams = Team<kThreads>::kTeams;

@@ -11,19 +11,7 @@ namespace latent_rl {
 namespace cuda {
 
 constexpr int kHeldQuads = 8;  // of a thread: kMaxGumbelCodes codes in a block
-constexpr int kSideBySide = 4;
 static_assert(kHeldQuads * kQuad * kGumbelThreads >= 8192, "a block holds the widest row");
-
-// 2^v, for v from -126 up; zero below, NaN for NaN.
-__device__ inline float power_of_two(float v) {
-#ifdef LATENT_RL_EMULATED
-  return exp2f(v);
-#else
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
-  return out;
-#endif
-}
 
 __device__ inline void prefetch_line(const void* at) {
 #ifndef LATENT_RL_EMULATED
@@ -31,30 +19,6 @@ __device__ inline void prefetch_line(const void* at) {
 #else
   (void)at;
 #endif
-}
-
-// Philox blocks first, first + stride, ... of offset 0, round by round.
-__device__ inline void words_side_by_side(uint64_t seed, uint32_t first, uint32_t stride,
-                                          philox::Words (&out)[kSideBySide]) {
-  uint32_t k0 = static_cast<uint32_t>(seed);
-  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-  for (int q = 0; q < kSideBySide; ++q) out[q] = {{first + q * stride, 0, 0, 0}};
-#pragma unroll
-  for (int round = 0; round < philox::kRounds; ++round) {
-#pragma unroll
-    for (int q = 0; q < kSideBySide; ++q) {
-      uint32_t (&c)[4] = out[q].word;
-      const uint64_t p0 = static_cast<uint64_t>(c[0]) * philox::kMultiplier0;
-      const uint64_t p1 = static_cast<uint64_t>(c[2]) * philox::kMultiplier1;
-      c[0] = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0;
-      c[2] = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1;
-      c[1] = static_cast<uint32_t>(p1);
-      c[3] = static_cast<uint32_t>(p0);
-    }
-    k0 += philox::kWeyl0;
-    k1 += philox::kWeyl1;
-  }
 }
 
 // What the threads of a block tell one another about the codes near the best.
@@ -115,8 +79,6 @@ struct HeldRow {
   // constants c = log2 e and m = top c, 2^(logit c - m) is off by the factor 2^(top c - m), the
   // same for all codes, which neither ratios nor the entropy see.
   __device__ void exponentiate(float top, float* mass, float* weighted) {
-    constexpr float kLog2E = 1.4426950408889634f;
-    constexpr float kLn2 = 0.6931471805599453f;
     const float shift = -top * kLog2E;
     float sum = 0.0f, products = 0.0f;
 #pragma unroll

@@ -36,9 +36,40 @@ struct Exactly {
   static constexpr bool value = sizeof(T) == 4;
 };
 
+// The fast ones leave out what the compiler's own do for denormal numbers, three instructions each:
+// none of their operands here is one.
+// 2^v, for v from -126 up; zero below, NaN for NaN.
+__device__ inline float power_of_two(float v) {
+#ifdef LATENT_RL_EMULATED
+  return exp2f(v);
+#else
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+#endif
+}
+
+// log2 v, for v from 2^-126 up.
+__device__ inline float log_of_two(float v) {
+#ifdef LATENT_RL_EMULATED
+  return log2f(v);
+#else
+  float out;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+#endif
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
 template <bool kExact>
 __device__ float exponential_of(float v) {
-  return kExact ? expf(v) : __expf(v);
+  return kExact ? expf(v) : power_of_two(v * kLog2E);
+}
+template <bool kExact>
+__device__ float logarithm_of(float v) {
+  return kExact ? logf(v) : log_of_two(v) * kLn2;
 }
 
 // u = (word + 1/2) 2^-32 and v = 1 - u, each to float32's relative precision.
@@ -55,7 +86,33 @@ __device__ float exponential_noise(uint32_t word) {
   // -log(1 - v) = v + v^2 / 2 + ...: near u = 1 the fast logarithm keeps no relative precision.
   const float series =
       v * (1.0f + v * (0.5f + v * (1.0f / 3.0f + v * (0.25f + v * (0.2f + v * (1.0f / 6.0f))))));
-  return v < 0.0625f ? series : -__logf(u);
+  return v < 0.0625f ? series : -logarithm_of<false>(u);
+}
+
+constexpr int kSideBySide = 4;
+
+// Philox blocks first, first + stride, ... of offset 0, round by round.
+__device__ inline void words_side_by_side(uint64_t seed, uint32_t first, uint32_t stride,
+                                          philox::Words (&out)[kSideBySide]) {
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int q = 0; q < kSideBySide; ++q) out[q] = {{first + q * stride, 0, 0, 0}};
+#pragma unroll
+  for (int round = 0; round < philox::kRounds; ++round) {
+#pragma unroll
+    for (int q = 0; q < kSideBySide; ++q) {
+      uint32_t (&c)[4] = out[q].word;
+      const uint64_t p0 = static_cast<uint64_t>(c[0]) * philox::kMultiplier0;
+      const uint64_t p1 = static_cast<uint64_t>(c[2]) * philox::kMultiplier1;
+      c[0] = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0;
+      c[2] = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1;
+      c[1] = static_cast<uint32_t>(p1);
+      c[3] = static_cast<uint32_t>(p0);
+    }
+    k0 += philox::kWeyl0;
+    k1 += philox::kWeyl1;
+  }
 }
 
 // Threads that share a row: a warp, or the block. Reductions are in an order fixed by the team.
@@ -226,23 +283,46 @@ __device__ float top_of_row(const Row<T>& row, Team<kThreads>& team) {
   return team.max(top);
 }
 
+// row.values of a quad = (logits - top + G) / tau. Returns their maximum.
+template <typename T>
+__device__ float add_noise_to_quad(const Row<T>& row, int quad, const philox::Words& words,
+                                   float top, float inverse_tau) {
+  constexpr bool kExact = Exactly<T>::value;
+  float values[kQuad];
+  row.load(quad, values);
+  float highest = minus_infinity_float();
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    const float gumbel = -logarithm_of<kExact>(exponential_noise<kExact>(words.word[j]));
+    values[j] = (values[j] - top + gumbel) * inverse_tau;
+    highest = values[j] > highest ? values[j] : highest;
+  }
+  row.put(quad, values);
+  return highest;
+}
+
 // row.values = (logits - top + G) / tau. Returns their maximum.
 template <int kThreads, typename T>
 __device__ float add_noise(const Row<T>& row, Team<kThreads>& team, float top, float tau) {
-  constexpr bool kExact = Exactly<T>::value;
+  // A block's threads have several quads each, a warp's often one alone.
+  constexpr int kAtOnce = kThreads == kWarpSize ? 1 : kSideBySide;
+  const float inverse_tau = 1.0f / tau;
   float highest = minus_infinity_float();
 #pragma unroll 1
-  for (int quad = team.thread(); quad < row.quads(); quad += kThreads) {
-    float values[kQuad];
-    row.load(quad, values);
-    const philox::Words words = row.words(quad);
-    for (int j = 0; j < kQuad; ++j) {
-      const float noise = exponential_noise<kExact>(words.word[j]);
-      const float gumbel = kExact ? -logf(noise) : -__logf(noise);
-      values[j] = (values[j] - top + gumbel) / tau;
-      highest = values[j] > highest ? values[j] : highest;
+  for (int first = team.thread(); first < row.quads(); first += kAtOnce * kThreads) {
+    philox::Words words[kSideBySide];
+    if (kAtOnce == 1) {
+      words[0] = row.words(first);
+    } else {
+      words_side_by_side(row.seed, static_cast<uint32_t>(first), kThreads, words);
     }
-    row.put(quad, values);
+#pragma unroll
+    for (int q = 0; q < kAtOnce; ++q) {
+      const int quad = first + q * kThreads;
+      if (quad >= row.quads()) break;
+      const float here = add_noise_to_quad(row, quad, words[q], top, inverse_tau);
+      highest = here > highest ? here : highest;
+    }
   }
   return team.max(highest);
 }

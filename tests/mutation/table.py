@@ -115,7 +115,7 @@ MUTATIONS = (
     Mutation(
         "gumbel_quantize cuda: the gradient forgets the temperature",
         "kernels/gumbel_quantize/cuda_impl.cu",
-        "g[j] = soft[j] * (g[j] - soft_mean) / args.tau +",
+        "g[j] = soft[j] * (g[j] - soft_mean) * inverse_tau +",
         "g[j] = soft[j] * (g[j] - soft_mean) +",
         (f"{_EMULATED}gumbel_quantize_emulated.py",),
     ),
