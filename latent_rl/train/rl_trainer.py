@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from latent_rl.data import check_processor, render_prompts
 from latent_rl.train.advantages import group_advantages
 from latent_rl.train.base_trainer import BaseTrainer
 from latent_rl.train.completions_log import table_writers
@@ -40,6 +38,7 @@ from latent_rl.train.run_inputs import (
     output_dir_of,
     processor_of,
     refuse_trl_arguments,
+    renderer_of,
 )
 from latent_rl.train.run_rewards import Reward, RunRewards
 from latent_rl.train.samplers import GroupedRepeatSampler
@@ -119,7 +118,7 @@ class LatentGRPOTrainer(BaseTrainer):
         source, model = model, model_of(model, args.model_init_kwargs if args else None)
         args = args or LatentGRPOConfig(output_dir=output_dir_of(source, model))
         processing_class = processor_of(processing_class, source, model)
-        renderer = _renderer(prompt_renderer, processing_class, args)
+        renderer = renderer_of(prompt_renderer, processing_class, args.chat_template_kwargs)
         self.rewards = RunRewards(reward_funcs, reward_processing_classes, args)
         self.value_head: ValueHead | None = None
         if args.algorithm().uses_values:
@@ -387,16 +386,3 @@ class LatentGRPOTrainer(BaseTrainer):
         metrics |= self.rewards.log.flush(gather_object)
         self.eval_averages.add({**metrics, "rollout_seconds": rollout.seconds})
         return None, None, None
-
-
-def _renderer(
-    given: PromptRenderer | None, processing_class: Any, args: LatentGRPOConfig
-) -> PromptRenderer:
-    if given is None:
-        check_processor(processing_class)
-        return functools.partial(render_prompts, template_options=args.chat_template_kwargs)
-    if args.chat_template_kwargs:
-        raise ValueError(
-            "LatentGRPOTrainer: chat_template_kwargs are for the default prompt_renderer, got both"
-        )
-    return given

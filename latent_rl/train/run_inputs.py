@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latent_rl.data import check_processor, prompt_of
+from latent_rl.data import check_processor, prompt_of, render_prompts
 from latent_rl.models import LatentActionModel
 from latent_rl.models.checkpoint import BACKBONE_DIR
+from latent_rl.train.completions import PromptRenderer
 
 __all__ = [
     "check_evaluation_rows",
@@ -17,6 +19,7 @@ __all__ = [
     "output_dir_of",
     "processor_of",
     "refuse_trl_arguments",
+    "renderer_of",
 ]
 
 NOT_HERE: Mapping[str, str] = {
@@ -163,3 +166,22 @@ def output_dir_of(source: LatentActionModel | str | Path, model: LatentActionMod
     """The directory of a run without settings, named after its model as TRL does."""
     name = getattr(model.config, "_name_or_path", "") if source is model else source
     return f"{Path(str(name)).name or 'model'}-LatentGRPO"
+
+
+def renderer_of(
+    given: PromptRenderer | None, processing_class: Any, template_options: Mapping[str, Any] | None
+) -> PromptRenderer:
+    """The renderer given, else `latent_rl.data.render_prompts` under the template's options.
+
+    Raises:
+        TypeError, ValueError: for a processor that the default cannot use.
+        ValueError: for a renderer beside options, which it would not see.
+    """
+    if given is None:
+        check_processor(processing_class)
+        return functools.partial(render_prompts, template_options=template_options)
+    if template_options:
+        raise ValueError(
+            "LatentGRPOTrainer: chat_template_kwargs are for the default prompt_renderer, got both"
+        )
+    return given
