@@ -170,7 +170,16 @@ def run_arm(
 
 
 def late_reward(run: ArmRun) -> float:
-    """Mean reward over the last quarter of a run's logs."""
+    """Mean reward over the last quarter of a run's logs.
+
+    Raises:
+        ValueError: for a run that ended before its first log.
+    """
+    if not run.curve:
+        raise ValueError(
+            f"late_reward: the {run.arm} run of learning rate {run.learning_rate:g} and seed "
+            f"{run.seed} has no log with a reward; set logging_steps to fewer than its steps"
+        )
     return statistics.fmean(run.curve[-max(1, len(run.curve) // 4) :])
 
 

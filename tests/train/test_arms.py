@@ -141,6 +141,10 @@ class TestSweep:
         run = ArmRun("a", 0.1, 0, (0.0,) * 6 + (0.4, 0.8), Spending())
         assert late_reward(run) == pytest.approx(0.6)
         assert late_reward(ArmRun("a", 0.1, 0, (0.5,), Spending())) == 0.5
+        with pytest.raises(
+            ValueError, match=r"the a run of learning rate 0\.1 .* set logging_steps"
+        ):
+            late_reward(ArmRun("a", 0.1, 0, (), Spending()))
 
     def test_an_empty_grid_and_equal_names_are_refused(self, tmp_path):
         args = LatentGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
