@@ -8,6 +8,7 @@ timed by the host's clock between two synchronisations.
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -108,7 +109,12 @@ def captured(call: Call, device: torch.device) -> tuple[Call, str]:
     except RuntimeError as error:
         torch.cuda.synchronize(device)
         return call, f"not captured: {str(error).splitlines()[0]}"
-    return graph.replay, "CUDA graph"
+    # A graph knows addresses alone: the inputs that the call holds must live as long as it does.
+    return functools.partial(_replay, graph, call), "CUDA graph"
+
+
+def _replay(graph: torch.cuda.CUDAGraph, captured_call: Call) -> None:
+    graph.replay()
 
 
 def calls_per_turn(call_ms: float) -> int:

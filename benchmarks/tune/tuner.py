@@ -113,8 +113,8 @@ def resources(kernels: tuple[Any, ...]) -> dict[str, int]:
             if compiled:
                 last = compiled[-1]
                 found = {
-                    "registers": int(last.n_regs or 0),
-                    "spills": int(last.n_spills or 0),
+                    "registers": int(getattr(last, "n_regs", None) or 0),
+                    "spills": int(getattr(last, "n_spills", None) or 0),
                     "shared_bytes": int(last.metadata.shared),
                 }
     return found

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,3 +138,24 @@ def test_roofs_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["gemm_gflop_per_s"] == pytest.approx(
         dict.fromkeys(("float32", "bfloat16"), 2 * 10**3 / 2e-3 / 1e9)
     )
+
+
+def test_a_captured_call_keeps_its_inputs_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads addresses: freed inputs would be read all the same, or not be there."""
+    replays = []
+    graph = SimpleNamespace(replay=lambda: replays.append(1))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda held: nullcontext())
+    inputs = torch.zeros(3)
+    alive = weakref.ref(inputs)
+    replay, remark = timing.captured(functools.partial(torch.sum, inputs), torch.device("cpu"))
+    del inputs
+    gc.collect()
+    assert remark == "CUDA graph"
+    assert alive() is not None
+    assert replay() is None
+    assert replays == [1]
