@@ -18,7 +18,21 @@ DRAM = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 COMPUTE = "sm__throughput.avg.pct_of_peak_sustained_elapsed"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 REGISTERS = "launch__registers_per_thread"
-METRICS = (DURATION, READ, WRITTEN, MEMORY, DRAM, COMPUTE, OCCUPANCY, REGISTERS)
+STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+STALLS = (
+    "barrier",
+    "lg_throttle",
+    "long_scoreboard",
+    "math_pipe_throttle",
+    "mio_throttle",
+    "not_selected",
+    "short_scoreboard",
+    "wait",
+)
+METRICS = (
+    *(DURATION, READ, WRITTEN, MEMORY, DRAM, COMPUTE, OCCUPANCY, REGISTERS),
+    *(STALL.format(reason) for reason in STALLS),
+)
 SECTIONS = (
     "SpeedOfLight",
     "MemoryWorkloadAnalysis",
@@ -26,7 +40,10 @@ SECTIONS = (
     "WarpStateStats",
     "LaunchStats",
 )
-_STALL = re.compile(r"^smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio$")
+# Those that end in _not_issued say the same of some cycles once more.
+_STALL = re.compile(
+    r"^smsp__average_warps_issue_stalled_(\w+?)(?<!_not_issued)_per_issue_active\.ratio$"
+)
 # Seconds or bytes per unit, as ncu spells them with `--print-units base` and without.
 _UNITS = {
     "s": 1.0, "second": 1.0, "ms": 1e-3, "msecond": 1e-3, "us": 1e-6, "usecond": 1e-6,

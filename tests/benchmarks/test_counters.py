@@ -15,7 +15,7 @@ from benchmarks import counters, ncu, report
 from benchmarks.registry import Pass, Shape
 from latent_rl.backends import OPS
 
-STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+STALL = ncu.STALL
 COLUMNS = {
     "ID": "",
     "Process ID": "",
@@ -34,6 +34,8 @@ COLUMNS = {
     STALL.format("long_scoreboard"): "inst",
     STALL.format("barrier"): "inst",
     STALL.format("selected"): "inst",
+    # The same of some cycles once more.
+    STALL.format("barrier_not_issued"): "inst",
 }
 QUANTIZE = (
     "void latent_rl::cuda::(anonymous namespace)::_quantize_finish_kernel<float, (int)4>(Args)"
@@ -41,7 +43,20 @@ QUANTIZE = (
 
 
 def line(kernel: str, nanoseconds: str, read: str = "3000000", stalls: str = "6.0") -> list[str]:
-    measured = [nanoseconds, read, "1,000,000", "70.5", "71", "12", "55.5", "40", stalls, "2", "1"]
+    measured = [
+        nanoseconds,
+        read,
+        "1,000,000",
+        "70.5",
+        "71",
+        "12",
+        "55.5",
+        "40",
+        stalls,
+        "2",
+        "1",
+        "2",
+    ]
     return ["0", "77", kernel, "(256, 1, 1)", "(132, 1, 1)", "0", *measured]
 
 

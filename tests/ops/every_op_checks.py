@@ -18,8 +18,8 @@ from tests.ops.every_op import EVEN, ODD, Inputs, OpCase
 
 # Roundings of two chained products of order one, whose sums may run in another order.
 RESULTS_BOUND = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 8e-3}
-# Values in which a difference must show are no rounder than these.
-ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+# Against another backend: roundings of the weights and of the output in attention, one elsewhere.
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 Capture = Callable[[Callable[[], Any]], tuple[Any, Any]]
 
 
