@@ -83,7 +83,7 @@ def build(name: str, parts: tuple[Part, ...]) -> Path:
             return target
         includes = [f"-I{path}" for path in INCLUDES]
         library = folder / f"lib{module}_kernels.so"
-        sources = [str(path) for path in (HERE / "runtime.cpp", *kernels)]
+        sources = [str(path) for path in (HERE / "runtime.cpp", HERE / "hopper.cpp", *kernels)]
         _compile([*KERNELS, *includes, "-x", "c++", *sources, "-o", str(library)])
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         binds = "".join(f"BIND({part.name})" for part in parts)

@@ -30,7 +30,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN as a float, -1 as an integer
 constexpr size_t kCanaryBytes = 256;
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kPolling, kDone };
 
 struct Fiber {
   ucontext_t entry;
@@ -41,7 +41,13 @@ struct Fiber {
   unsigned linear;
   const char* file;  // of the block barrier waited at
   int line;
-  unsigned mask;  // of the warp barrier waited at
+  unsigned mask;                       // of the warp barrier waited at
+  const std::function<bool()>* ready;  // what is waited for when polling
+  const std::string* what;
+};
+
+struct alignas(1024) Kilobyte {
+  unsigned char bytes[1024];
 };
 
 // Lanes that meet under one mask. Two buffers, so that nobody overwrites what others still read.
@@ -73,7 +79,10 @@ struct Machine {
   Stacks stacks;
   std::vector<Fiber> fibers;
   std::vector<std::vector<Meeting>> warps;
-  std::vector<unsigned char> shared;
+  std::vector<Kilobyte> shared;
+  size_t shared_bytes = 0;
+  std::vector<std::function<void()>> deferred;
+  uint64_t block_serial = 0;
   const std::function<void()>* thread = nullptr;
   Fiber* current = nullptr;
   jmp_buf scheduler;
@@ -147,6 +156,8 @@ std::string describe_waiting() {
     if (fiber.state == State::kAtBlockBarrier) {
       snprintf(part, sizeof(part), "thread %u waits at %s:%d; ", fiber.linear, fiber.file,
                fiber.line);
+    } else if (fiber.state == State::kPolling) {
+      snprintf(part, sizeof(part), "thread %u waits for %s; ", fiber.linear, fiber.what->c_str());
     } else {
       snprintf(part, sizeof(part), "thread %u waits for the lanes of mask %08x; ", fiber.linear,
                fiber.mask);
@@ -175,7 +186,7 @@ int poison_tls(dl_phdr_info* info, size_t, void* inside) {
 // filled with garbage before every block, as on a device.
 void poison_shared() {
   dl_iterate_phdr(poison_tls, reinterpret_cast<void*>(&machine));
-  std::fill(machine.shared.begin(), machine.shared.end(), kPoison);
+  memset(machine.shared.data(), kPoison, machine.shared.size() * sizeof(Kilobyte));
 }
 
 void prepare_fibers() {
@@ -197,6 +208,27 @@ void prepare_fibers() {
   machine.alive = count;
   machine.waiting = 0;
   machine.votes = 0;
+  machine.deferred.clear();
+  ++machine.block_serial;
+}
+
+void do_deferred(size_t i) {
+  const std::function<void()> work = std::move(machine.deferred[i]);
+  machine.deferred.erase(machine.deferred.begin() + static_cast<std::ptrdiff_t>(i));
+  work();
+}
+
+// Engines beside the threads: whether anything was done.
+bool run_engines(bool stuck) {
+  std::vector<std::function<void()>>& work = machine.deferred;
+  if (work.empty()) return false;
+  if (machine.order == Order::kShuffled ? stuck || machine.random() % 2 == 0 : stuck) {
+    // What was asked for last comes first: engines keep no order.
+    do_deferred(machine.order == Order::kShuffled ? machine.random() % work.size()
+                                                  : work.size() - 1);
+    return true;
+  }
+  return false;
 }
 
 void run_block(size_t shared_bytes) {
@@ -205,18 +237,24 @@ void run_block(size_t shared_bytes) {
   while (machine.alive > 0) {
     bool progress = false;
     for (unsigned i : turns(static_cast<unsigned>(machine.fibers.size()))) {
-      if (machine.fibers[i].state != State::kReady) continue;
+      Fiber& fiber = machine.fibers[i];
+      if (fiber.state == State::kPolling && (*fiber.ready)()) fiber.state = State::kReady;
+      if (fiber.state != State::kReady) continue;
       progress = true;
-      give_turn(&machine.fibers[i]);
+      give_turn(&fiber);
       if (!machine.error.empty()) return;
     }
+    progress |= run_engines(!progress);
+    if (!machine.error.empty()) return;
     if (!progress) {
       machine.error = describe_waiting();
       return;
     }
   }
-  for (size_t i = shared_bytes; i < machine.shared.size(); ++i) {
-    if (machine.shared[i] != kPoison) machine.error = "wrote past the dynamic shared memory";
+  if (!machine.deferred.empty()) machine.error = "the block ended with copies under way";
+  const unsigned char* bytes = machine.shared.data()->bytes;
+  for (size_t i = shared_bytes; i < machine.shared.size() * sizeof(Kilobyte); ++i) {
+    if (bytes[i] != kPoison) machine.error = "wrote past the dynamic shared memory";
   }
 }
 
@@ -245,7 +283,8 @@ void set_order(Order order, unsigned seed) {
 void launch(const Shape& shape, const std::function<void()>& thread) {
   blockDim = dim3(shape.block.x, shape.block.y, shape.block.z);
   gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
-  machine.shared.resize(shape.shared_bytes + kCanaryBytes);
+  machine.shared_bytes = shape.shared_bytes;
+  machine.shared.resize((shape.shared_bytes + kCanaryBytes) / sizeof(Kilobyte) + 1);
   machine.thread = &thread;
   machine.error.clear();
   const CatchFaults faults;
@@ -275,7 +314,29 @@ int sync_block(const char* file, int line, int predicate) {
   return machine.decided;
 }
 
+void wait_until(const std::function<bool()>& ready, const std::string& what) {
+  machine.current->ready = &ready;
+  machine.current->what = &what;
+  while (!ready()) wait_as(State::kPolling);
+}
+
+void defer(std::function<void()> work) {
+  if (machine.order == Order::kForward) return work();
+  machine.deferred.push_back(std::move(work));
+}
+
+bool late() {
+  return machine.order == Order::kShuffled ? machine.random() % 2 == 0
+                                           : machine.order == Order::kForward;
+}
+
+void complain(const std::string& error) {
+  if (machine.error.empty()) machine.error = error;
+}
+
 unsigned lane() { return machine.current->linear % kLanes; }
+unsigned thread() { return machine.current->linear; }
+uint64_t block_serial() { return machine.block_serial; }
 
 const uint64_t* meet(WarpOp op, unsigned mask, uint64_t value) {
   Fiber* self = machine.current;
@@ -329,6 +390,7 @@ void fail(const char* format, ...) {
 }
 
 void* dynamic_shared() { return machine.shared.data(); }
+size_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
 }  // namespace emulator
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace emulator {
 
@@ -34,14 +35,27 @@ struct Vote {
 };
 int sync_block(const char* file, int line, int predicate = 0);
 
-enum class WarpOp { kSync, kShuffle, kVote, kReduce, kMatch };
+enum class WarpOp { kSync, kShuffle, kVote, kReduce, kMatch, kProduct };
 
 // Meets the other lanes of `mask` and returns every lane's value; it stays valid until the same
 // lanes meet again.
 const uint64_t* meet(WarpOp op, unsigned mask, uint64_t value);
 
+// Lets other threads run until `ready` holds; `what` is told if it never does.
+void wait_until(const std::function<bool()>& ready, const std::string& what);
+
+// Work of an engine beside the threads: done at once, at random, or only when no thread can go on,
+// by the order of the turns. It must not fail(), since no thread runs then, but may complain().
+void defer(std::function<void()> work);
+// Whether work whose moment is open shall be done as late as may be.
+bool late();
+void complain(const std::string& error);
+
 unsigned lane();
+unsigned thread();        // of its block
+uint64_t block_serial();  // another for every block that runs
 [[noreturn]] void fail(const char* format, ...);
-void* dynamic_shared();
+void* dynamic_shared();  // on a boundary of 1024 bytes
+size_t dynamic_shared_bytes();
 
 }  // namespace emulator

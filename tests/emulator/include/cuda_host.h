@@ -28,8 +28,10 @@ struct cudaLaunchConfig_t {
 
 namespace emulator {
 constexpr size_t kSharedByDefault = 48 * 1024;
-// Of sm_90; sm_80 has 163 KB, which is what portable kernels must stay under.
+// What is told to kernels that ask: sm_80's, which portable ones must stay under. Hopper's own may
+// ask for all that sm_90 has.
 constexpr size_t kSharedAtMost = 163 * 1024;
+constexpr size_t kSharedOnHopper = 227 * 1024;
 // What cudaFuncSetAttribute asked for, by kernel.
 inline std::map<const void*, size_t>& shared_limits() {
   static std::map<const void*, size_t> limits;
@@ -70,7 +72,7 @@ template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute,
                                  int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<size_t>(value) > emulator::kSharedAtMost) {
+  if (value < 0 || static_cast<size_t>(value) > emulator::kSharedOnHopper) {
     return cudaErrorInvalidValue;
   }
   emulator::shared_limits()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
