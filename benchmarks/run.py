@@ -159,7 +159,9 @@ def takes_part(point: Point, backend: str, options: Options) -> bool:
     and the reference.
     """
     device, dtype = torch.device(point.device), DTYPES[point.dtype]
-    request = backends.Request(device, dtype)
+    # Only a search has rows that take some widths alone.
+    width = point.shape["D"] if point.op == "nearest_code" else None
+    request = backends.Request(device, dtype, width)
     if dict(backends.explain(point.op, request))[backend] is not None:
         return False
     if options.rows is not None:

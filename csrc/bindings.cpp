@@ -370,6 +370,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gumbel_quantize_cuda(m);
   bind_code_logprobs_cuda(m);
   bind_gated_merge_cuda(m);
+  bind_nearest_code_cuda(m);
 #endif
   m.def("logprobs_forward", &logprobs_forward);
   m.def("logprobs_backward", &logprobs_backward);

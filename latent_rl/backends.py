@@ -25,13 +25,16 @@ ENVIRONMENT_VARIABLE = "LATENT_RL_BACKEND"
 
 
 class Request(NamedTuple):
-    """What a call asks for: where its tensors are and their dtype.
+    """What a call asks for: where its tensors are, their dtype, and how wide the first one is.
+
+    ``width`` is None where no row asks for it, or where the question is about any width.
 
     One is made in every call: a tuple costs a third of a frozen dataclass, made and hashed.
     """
 
     device: torch.device
     dtype: torch.dtype
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,22 @@ def _why_not_triton(request: Request) -> str | None:
     return f"runs on CUDA devices (or with TRITON_INTERPRET=1), tensors are on {request.device}"
 
 
+def _why_not_hopper(request: Request) -> str | None:
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {request.dtype}"
+    if request.width is not None and request.width > 256:
+        return f"takes widths up to 256, got {request.width}"
+    # Preparation and the second search are Triton's.
+    if problem := _why_not_cuda(request) or _triton_problem():
+        return problem
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability(request.device)
+    if (major, minor) != (9, 0):
+        return f"is written for sm_90 (Hopper), {request.device} is sm_{major}{minor}"
+    return None
+
+
 def _why_not_triton_unforced(request: Request) -> str | None:
     """On the CPU the interpreter serves only where it was asked for: it is for testing."""
     if request.device.type == "cpu" and _interpreted():
@@ -158,7 +177,13 @@ def _fused_merge() -> Row:
 
 
 _TABLE: dict[str, tuple[Row, ...]] = {
-    "nearest_code": (_triton("nearest_code"), _native("nearest_code"), _reference("nearest_code")),
+    "nearest_code": (
+        _triton("nearest_code"),
+        # After Triton, so that it serves only where it is asked for: never run on hardware.
+        Row("hopper", "latent_rl.kernels.nearest_code.hopper_impl", _why_not_hopper),
+        _native("nearest_code"),
+        _reference("nearest_code"),
+    ),
     "quantize": (
         _cuda("quantize", "quantize_cuda"),
         _native("quantize"),

@@ -12,5 +12,6 @@ void bind_quantize_cuda(pybind11::module_& m);
 void bind_gumbel_quantize_cuda(pybind11::module_& m);
 void bind_code_logprobs_cuda(pybind11::module_& m);
 void bind_gated_merge_cuda(pybind11::module_& m);
+void bind_nearest_code_cuda(pybind11::module_& m);
 
 }  // namespace latent_rl

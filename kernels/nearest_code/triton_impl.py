@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import triton
@@ -46,6 +46,7 @@ from torch import Tensor
 
 __all__ = [
     "Bounds",
+    "Search",
     "SearchStats",
     "nearest_code",
     "nearest_code_with_stats",
@@ -73,7 +74,7 @@ def nearest_codes(x: Tensor, codebook: Tensor, metric: str, config: Config | Non
     ``config`` replaces the table's choice of the screen's tiles; codes do not depend on it.
     """
     with torch.cuda.device_of(x):
-        return _Search.of(x, codebook, metric, config).codes()[0]
+        return Search.of(x, codebook, metric, config).codes()[0]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def nearest_code_with_stats(
 ) -> tuple[Tensor, Tensor, SearchStats]:
     """``nearest_code``, and how many rows its screen could not decide, counted on the device."""
     with torch.cuda.device_of(x):
-        search = _Search.of(x, codebook, metric)
+        search = Search.of(x, codebook, metric)
         codes, reranked = search.codes()
         return codes, search.distances(codes), SearchStats(codes.numel(), reranked)
 
@@ -124,7 +125,7 @@ def screen_bounds(config: Config, width: int) -> Bounds:
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """Operands [G, N, D] and [G, K, D] of a search, and what the kernels are told about them."""
 
     x: Tensor
@@ -133,8 +134,8 @@ class _Search:
     round: bool  # float32, which tf32 does not hold; 16-bit values are multiplied as they are
     config: Config | None = None  # of the screen, in the place of the table's
 
-    @staticmethod
-    def of(x: Tensor, codebook: Tensor, metric: str, config: Config | None = None) -> _Search:
+    @classmethod
+    def of(cls, x: Tensor, codebook: Tensor, metric: str, config: Config | None = None) -> Self:
         rounded = x.dtype == torch.float32
         if INTERPRETED and x.dtype == torch.bfloat16:
             # Triton 3.6's interpreter multiplies the bits of bfloat16 numbers as if they were
@@ -142,7 +143,7 @@ class _Search:
             x, codebook = x.float(), codebook.float()
         if x.stride(-1) != 1:
             x = x.contiguous()
-        return _Search(x, codebook.contiguous(), metric, rounded, config)
+        return cls(x, codebook.contiguous(), metric, rounded, config)
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes int64 [G, N], and how many rows of every group were searched again."""
@@ -252,11 +253,12 @@ class _Search:
 
     def _screen(
         self,
-        prepared: tuple[Tensor, ...],
+        prepared: tuple[Tensor, Tensor, Tensor, Tensor],
         limits: Tensor,
-        out: tuple[Tensor, ...],
+        out: tuple[Tensor, Tensor, Tensor, Tensor],
         flags: dict[str, int | bool],
     ) -> None:
+        """Codes of the rows that the screen decides, and a list of the others, into ``out``."""
         groups, n, width = self.x.shape
         num_codes, device = self.codebook.shape[1], self.x.device
         config = self._config()

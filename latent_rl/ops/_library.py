@@ -22,6 +22,7 @@ def define(
     fake: Callable[..., Any],
     *,
     finish: Callable[[Any], Any] | None = None,
+    by_width: bool = False,
 ) -> None:
     """Define ``latent_rl::<function>`` and serve it from the dispatch table.
 
@@ -34,6 +35,7 @@ def define(
         schema: arguments and results, ``(Tensor x) -> Tensor``.
         fake: shapes and dtypes of the results for meta tensors.
         finish: turns what the row returned into the results of the schema; nothing by default.
+        by_width: whether rows of the table ask how wide the first tensor is.
     """
 
     message = DOMAIN.get_event_attributes(message=f"{NAMESPACE}::{function}")
@@ -41,7 +43,8 @@ def define(
     def kernel(*args: Any) -> Any:
         first = args[0]
         device = first.device
-        request = backends.Request(device, first.dtype)
+        width = first.shape[-1] if by_width else None
+        request = backends.Request(device, first.dtype, width)
         DOMAIN.push_range(message)
         try:
             if torch.is_autocast_enabled(device.type):

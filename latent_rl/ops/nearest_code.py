@@ -24,9 +24,10 @@ def _only_fake(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
-define(OP, OP, "(Tensor x, Tensor codebook, str metric) -> (Tensor, Tensor)", _fake)
+_ARGUMENTS = "(Tensor x, Tensor codebook, str metric)"
+define(OP, OP, f"{_ARGUMENTS} -> (Tensor, Tensor)", _fake, by_width=True)
 # Distances take a pass over the rows of their own on a GPU.
-define(OP, "nearest_codes", "(Tensor x, Tensor codebook, str metric) -> Tensor", _only_fake)
+define(OP, "nearest_codes", f"{_ARGUMENTS} -> Tensor", _only_fake, by_width=True)
 
 
 def nearest_code(

@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -128,6 +129,20 @@ class TestRows:
         on_gpu = replace(point, device="cuda")
         taking = [name for name, _ in rows if running.takes_part(on_gpu, name, Options())]
         assert taking == ["triton"]
+
+    def test_a_row_takes_part_where_its_widths_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def explain(op: str, request: Any) -> list[tuple[str, str | None]]:
+            return [("hopper", None if request.width <= 256 else "wide")]
+
+        monkeypatch.setattr(running.backends, "explain", explain)
+        options = Options(ops=["nearest_code"], rows=("hopper",))
+        taking = {
+            point.shape["D"]
+            for point in points(options, 1)
+            if running.takes_part(point, "hopper", options)
+        }
+        assert 64 in taking
+        assert 2048 not in taking
 
 
 def test_what_was_preheated_is_not_built_again(tmp_path: Path, monkeypatch) -> None:

@@ -47,7 +47,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
         for name in modules or (op,):
             monkeypatch.setattr(importlib.import_module(f"latent_rl.native.{name}"), "_C", module)
         if op in backends.OPS:
-            row = next(row for row in backends._TABLE[op] if row.name == "cuda")
+            row = next(row for row in backends._TABLE[op] if row.name in ("cuda", "hopper"))
             served = (replace(row, why_not=lambda request: None),)
             monkeypatch.setitem(backends._TABLE, op, served)
             backends._resolve.cache_clear()

@@ -134,6 +134,27 @@ MUTATIONS = (
         (f"{_OPS}nearest_code.py::test_triton_in_the_interpreter",),
     ),
     Mutation(
+        "nearest_code hopper: the runner-up of the slots is forgotten",
+        "kernels/nearest_code/maxima.cuh",
+        "runner_up = fmaxf(second, slot_second);",
+        "runner_up = second;",
+        (f"{_EMULATED}nearest_code_emulated.py",),
+    ),
+    Mutation(
+        "nearest_code hopper: a chunk is freed before it is multiplied",
+        "kernels/nearest_code/cuda_impl.cu",
+        "hopper::wait_products<1>();",
+        "hopper::wait_products<2>();",
+        (f"{_EMULATED}nearest_code_emulated.py",),
+    ),
+    Mutation(
+        "hopper: a descriptor's distance of eight rows",
+        "kernels/common/hopper.cuh",
+        "(1024ull >> 4) << 32",
+        "(512ull >> 4) << 32",
+        (f"{_EMULATED}hopper_machine.py",),
+    ),
+    Mutation(
         "gated_merge cuda: the slope of silu",
         "kernels/gated_merge/cuda_impl.cu",
         "s * (1.0f + gate[w] * (1.0f - s));",

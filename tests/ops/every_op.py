@@ -271,12 +271,14 @@ def _attend_raw(t: Mapping[str, Tensor]) -> list[tuple[Any, tuple[Any, ...]]]:
     return [(_RAW.slot_attention.default, (*given, PROMPT + OWN, 0.3))]
 
 
+# (op, row) of the dispatch table without float32: what they multiply with has none.
+NO_FLOAT32 = {("gated_merge", "triton"), ("nearest_code", "hopper")}
 _BOTH = ("logits", "codebook")
 EVERY_OP = (
     OpCase("nearest_code", "nearest_code", _search, _nearest, _nearest_raw,
-           rows=("x",), row_outputs=(0, 1), cuda_rows=("triton",)),
+           rows=("x",), row_outputs=(0, 1), cuda_rows=("triton", "hopper")),
     OpCase("nearest_code, grouped", "nearest_code", _search, _nearest_grouped, _nearest_raw,
-           rows=("x",), row_outputs=(0, 1), cuda_rows=("triton",)),
+           rows=("x",), row_outputs=(0, 1), cuda_rows=("triton", "hopper")),
     OpCase("quantize", "quantize", _search, _quantize, _quantize_raw,
            rows=("x",), row_outputs=(0, 1), leaves=("x", "codebook")),
     OpCase("gumbel_quantize", "gumbel_quantize", _gumbel_inputs, _gumbel(True), _gumbel_raw,
