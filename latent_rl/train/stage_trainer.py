@@ -140,10 +140,14 @@ class StageTrainer(BaseTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
-        """As the parent's, and count the response tokens of the accumulation window."""
+        """As the parent's, and count the response tokens of the accumulation window: with
+        `average_tokens_across_devices` their mean over the processes."""
         samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = [int(response_mask(batch["labels"]).sum()) for batch in samples]
-        self._window_tokens, self._window_batches = float(sum(tokens)), len(samples)
+        tokens = float(sum(int(response_mask(batch["labels"]).sum()) for batch in samples))
+        if self._averages_over_processes:
+            mine = torch.tensor([tokens], device=device)
+            tokens = float(self.accelerator.gather(mine).mean())
+        self._window_tokens, self._window_batches = tokens, len(samples)
         return samples, count
 
     def compute_loss(
@@ -154,7 +158,7 @@ class StageTrainer(BaseTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the stage's loss, each micro-batch weighted by its share of response tokens (a
-        mean of means would favour the tokens of short answers)."""
+        mean of means would favour the tokens of short answers), on every process alike."""
         inner = self.latent_model
         training = model.training
         if training:
@@ -165,10 +169,16 @@ class StageTrainer(BaseTrainer):
         averages = self.averages if training else self.eval_averages
         averages.add({**output.metrics, **probed})
         loss = output.loss
-        if training and self._window_batches > 1 and self._window_tokens:
+        shares = self._window_batches > 1 or self._averages_over_processes
+        if training and shares and self._window_tokens:
             share = response_mask(inputs["labels"]).sum() / self._window_tokens
             loss = loss * (share * self._window_batches)
         return (loss, {}) if return_outputs else loss
+
+    @property
+    def _averages_over_processes(self) -> bool:
+        """Whether gradients, which are averaged over processes, should be those of all tokens."""
+        return bool(self.args.average_tokens_across_devices) and self.args.world_size > 1
 
     def _probes_now(self, training: bool) -> bool:
         if not self.args.probe:

@@ -21,6 +21,7 @@ from latent_rl.train import (
     build_feature_cache,
 )
 from latent_rl.train.checkpointing import COMPLETE_MARK, latest_checkpoint
+from latent_rl.train.token_loss import response_mask
 from tests.train.tiny_world import moved, snapshot, tiny_world
 
 
@@ -281,6 +282,33 @@ def test_evaluation_reports_the_stage_s_metrics(tmp_path):
     metrics = trainer.evaluate()
     assert {"eval_loss", "eval_ce", "eval_base_ce", "eval_random_ce"} <= set(metrics)
     assert moved(before, world.model) == set()
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_tokens_weigh_the_same_on_every_process(tmp_path, monkeypatch, average):
+    """Gradients are averaged over processes: the loss of one with half of the tokens of another
+    must count for a third of the whole, not for half."""
+    world = tiny_world()
+    args = arguments(tmp_path, average_tokens_across_devices=average, probe=False)
+    trainer = StageTrainer(
+        world.model, InverseWarmup(), args, world.rows, processing_class=world.processor
+    )
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    tokens = int(response_mask(batch["labels"]).sum())
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(0)
+        trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        world.model.eval()  # the codebook stays as it is
+        return trainer.compute_loss(trainer.model.train(), batch).detach()
+
+    alone = loss()
+    monkeypatch.setattr(type(args), "world_size", 2)
+    # What a gather gives where the other process has twice as many tokens.
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, 2 * mine]))
+    assert tokens > 0
+    torch.testing.assert_close(loss(), alone * (2 / 3 if average else 1.0), rtol=1e-5, atol=0)
 
 
 def test_rows_are_cut_to_max_length(tmp_path):
