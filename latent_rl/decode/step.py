@@ -22,6 +22,9 @@ from latent_rl.models.generation import TOKEN_STREAM
 
 __all__ = ["Rows", "Step"]
 
+# An end token by itself costs two launches; isin takes five and more, however many there are.
+_FEW_ENDS = 2
+
 
 @dataclass
 class Rows:
@@ -194,10 +197,12 @@ class Step:
         spoken = rows.tokens[at]
         torch.where(active, tokens, spoken, out=spoken)
         steps += active
-        # Two launches per end token, where isin takes five and more.
-        for eos in self._eos:
-            active &= tokens != eos
         active &= steps < rows.limits[at]
+        if len(self._eos) <= _FEW_ENDS:
+            for eos in self._eos:
+                active &= tokens != eos
+        else:
+            active &= ~torch.isin(tokens, self._eos)
 
     def _choose(self, logits: Tensor, at: slice) -> Tensor:
         rows, settings, said = self._rows, self._settings, self._said
