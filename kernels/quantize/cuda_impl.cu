@@ -146,11 +146,16 @@ __device__ void row_gradients(const QuantizeBackwardCudaArgs& args, float scale,
   }
 #pragma unroll
   for (int j = 0; j < kAhead; ++j) {
-    if (codes[j] < 0 || codes[j] >= args.num_codes) continue;
     const int64_t at = row + j * step;
+    if (at >= args.rows) continue;
+    // Whatever the code: only the codebook's row waits for it.
     g[j] =
         load_vector<kWidth>(static_cast<const T*>(args.grad) + at * args.grad_row_stride + column);
     x[j] = load_vector<kWidth>(static_cast<const T*>(args.x) + at * args.x_row_stride + column);
+  }
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) {
+    if (codes[j] < 0 || codes[j] >= args.num_codes) continue;
     c[j] = load_vector<kWidth>(static_cast<const T*>(args.codebook) + codes[j] * args.dim + column);
   }
 #pragma unroll

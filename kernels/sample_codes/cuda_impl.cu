@@ -134,11 +134,11 @@ __device__ int count_at_least(const double* row, int num_codes, unsigned long lo
 }
 
 template <typename Shared>
-__device__ double mass_at_least(const double* row, int num_codes, double top,
+__device__ double mass_at_least(const double* row, const double* masses, int num_codes,
                                 unsigned long long key, Shared* shared) {
   double mass = 0.0;
   for (int k = threadIdx.x; k < num_codes; k += Shared::kThreads) {
-    mass += ordered(row[k]) >= key ? exp(row[k] - top) : 0.0;
+    mass += ordered(row[k]) >= key ? masses[k] : 0.0;
   }
   return sum_of_block(mass, shared);
 }
@@ -148,7 +148,13 @@ __device__ void keep_top_k(double* row, int num_codes, int top_k, Shared* shared
   unsigned long long threshold = 0;
   for (int bit = 63; bit >= 0; --bit) {
     const unsigned long long candidate = threshold | (1ULL << bit);
-    if (count_at_least(row, num_codes, candidate, shared) >= top_k) threshold = candidate;
+    const int count = count_at_least(row, num_codes, candidate, shared);
+    if (count >= top_k) threshold = candidate;
+    if (count == top_k) {
+      // Just these: nothing lies on the threshold that would have to go.
+      drop_below(row, num_codes, threshold, num_codes, shared);
+      return;
+    }
   }
   const int above = count_at_least(row, num_codes, threshold + 1, shared);
   drop_below(row, num_codes, threshold, top_k - above, shared);
@@ -157,17 +163,19 @@ __device__ void keep_top_k(double* row, int num_codes, int top_k, Shared* shared
 // The smallest set whose mass reaches top_p of the whole: a code stays while the mass before it
 // falls short. Masses are relative to the likeliest code, so codes as likely as it add up exactly.
 template <typename Shared>
-__device__ void keep_top_p(double* row, int num_codes, double top, double top_p, Shared* shared) {
-  const double target = top_p * mass_at_least(row, num_codes, top, 0, shared);
+__device__ void keep_top_p(double* row, double* masses, int num_codes, double top, double top_p,
+                           Shared* shared) {
+  for (int k = threadIdx.x; k < num_codes; k += Shared::kThreads) masses[k] = exp(row[k] - top);
+  const double target = top_p * mass_at_least(row, masses, num_codes, 0, shared);
   unsigned long long threshold = 0;
   for (int bit = 63; bit >= 0; --bit) {
     const unsigned long long candidate = threshold | (1ULL << bit);
-    if (mass_at_least(row, num_codes, top, candidate, shared) >= target) threshold = candidate;
+    if (mass_at_least(row, masses, num_codes, candidate, shared) >= target) threshold = candidate;
   }
   // top_p <= 0 still keeps the most likely code.
   const unsigned long long highest = ordered(top);
   if (threshold > highest) threshold = highest;
-  const double above = mass_at_least(row, num_codes, top, threshold + 1, shared);
+  const double above = mass_at_least(row, masses, num_codes, threshold + 1, shared);
   const double bits_to_value = __longlong_as_double(static_cast<long long>(
       (threshold >> 63) != 0 ? threshold & 0x7fffffffffffffffULL : ~threshold));
   const double each = exp(bits_to_value - top);
@@ -318,7 +326,7 @@ __device__ void truncate(double* row, int num_codes, double top, const SampleArg
     }
   } else {
     if (fewer) keep_top_k(row, num_codes, static_cast<int>(args.top_k), shared);
-    if (args.top_p < 1.0) keep_top_p(row, num_codes, top, args.top_p, shared);
+    if (args.top_p < 1.0) keep_top_p(row, row + num_codes, num_codes, top, args.top_p, shared);
   }
   if (args.min_p > 0.0) {
     for (int k = threadIdx.x; k < num_codes; k += Shared::kThreads) {
@@ -392,7 +400,7 @@ void launch_rows(const SampleArgs& args, cudaStream_t stream) {
            3 * row_bytes, stream, args);
   } else {
     launch(op, _sample_codes_kernel<T, Acc, kManyThreads>, blocks_for(args.rows), kManyThreads,
-           row_bytes, stream, args);
+           (args.top_p < 1.0 ? 2 : 1) * row_bytes, stream, args);
   }
 }
 
