@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from latent_rl.decode.casts import casts_bytes
 from latent_rl.decode.slot_cache import SlotLayout, layer_shapes
 from latent_rl.models import LatentActionModel
 
@@ -31,6 +32,7 @@ class DecodePlan:
         prefill_bytes: keys, values, masks and the widest layer's activations of the prompts read
             together, held while they are read; a vision tower's own activations are not in it.
         prefill_prompts: prompts read together, at most. No bytes.
+        casts_bytes: float32 weights in autocast's dtype, where the call is under one.
     """
 
     weights_bytes: int
@@ -40,6 +42,7 @@ class DecodePlan:
     replay_bytes: int
     prefill_bytes: int
     prefill_prompts: int
+    casts_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -50,7 +53,7 @@ class DecodePlan:
     def new_bytes(self) -> int:
         """What a first call allocates on top of the weights."""
         kept = self.cache_bytes + self.tables_bytes + self.results_bytes + self.replay_bytes
-        return kept + self.prefill_bytes
+        return kept + self.casts_bytes + self.prefill_bytes
 
     def check(self, device: torch.device, held: int = 0) -> None:
         """Raise when the device has less memory free than the call needs.
@@ -155,4 +158,5 @@ def make_plan(
         replay_bytes=hidden,
         prefill_bytes=together * prompt,
         prefill_prompts=together,
+        casts_bytes=casts_bytes(model) if model.is_active else 0,
     )

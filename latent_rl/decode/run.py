@@ -146,7 +146,8 @@ class DecodeRun:
 
     def _speak(self) -> list[Piece]:
         """Step until there is something to hand out, or a free slot for the queue, or the end."""
-        with attention_of(self._model.decoder, self._model.latent.policy.tower):
+        attention = attention_of(self._model.decoder, self._model.latent.policy.tower)
+        with attention, self._space.weights():
             self._space.settle()
             # A first token may have been a last one.
             pieces = self._look()

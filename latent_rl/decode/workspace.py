@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from latent_rl.decode.casts import WeightCasts
 from latent_rl.decode.graphs import StepGraphs
 from latent_rl.decode.output import Said
 from latent_rl.decode.prefill import Prefill
@@ -16,6 +17,7 @@ from latent_rl.decode.settings import DecodeSettings
 from latent_rl.decode.slot_cache import SlotLayout, SlotStore, SlotWindow, layer_shapes
 from latent_rl.decode.step import Rows, Step
 from latent_rl.models import LatentActionModel
+from latent_rl.nn.precision import autocast_dtype
 
 __all__ = ["Workspace"]
 
@@ -74,7 +76,8 @@ class Workspace:
         self._num_codes = model.latent_config.num_codes
         self.tables = model.merge_tables()
         self.rows = Rows.empty(slots, 1, self._num_codes, device)
-        self._steps: dict[tuple[DecodeSettings, bool, bool, bool], Step] = {}
+        self._steps: dict[_StepKey, Step] = {}
+        self._casts: WeightCasts | None = None
         # Of this stretch: compiled steps whose guards have been looked at for this many rows.
         self._known: set[tuple[Step, int]] = set()
         self._compiled: dict[Step, Callable[[int, int], None]] | None = {} if compiled else None
@@ -91,7 +94,8 @@ class Workspace:
     def num_bytes(self) -> int:
         """Bytes of the caches, by far the largest part, and of the merge's tables."""
         tables = sum(t.numel() * t.element_size() for t in self.tables)
-        return self.trunk.num_bytes + self.policy.num_bytes + tables
+        casts = 0 if self._casts is None else self._casts.num_bytes
+        return self.trunk.num_bytes + self.policy.num_bytes + tables + casts
 
     def use_positions(self, count: int) -> None:
         """Make room for ``count`` rotary positions per token.
@@ -115,6 +119,7 @@ class Workspace:
             self._graphs.check_weights(model)
         if model.is_active:
             self._make_tables(model)
+            self._make_casts(model)
         self.rows.active.zero_()
         self.rows.steps.zero_()
         self.rows.lengths.zero_()
@@ -125,11 +130,32 @@ class Workspace:
         for held, new in zip(self.tables, model.merge_tables(), strict=True):
             held.copy_(new)
 
+    def _make_casts(self, model: LatentActionModel) -> None:
+        """The weights of now in autocast's dtype, where graphs look for them."""
+        dtype = autocast_dtype(self.device)
+        if dtype is None:
+            return
+        held = self._casts
+        if held is None or held.dtype != dtype or not held.fits(model):
+            # Free the old ones first; steps that were captured or compiled read them.
+            self._casts = None
+            self._forget()
+            self._casts = WeightCasts(model, dtype)
+        cast(WeightCasts, self._casts).refresh()
+
+    def weights(self) -> AbstractContextManager[None]:
+        """Under autocast, let steps read the copies of the weights made by :meth:`begin`."""
+        held = self._casts
+        if held is None or held.dtype != autocast_dtype(self.device):
+            return nullcontext()
+        return held.use()
+
     def step_of(
         self, model: LatentActionModel, settings: DecodeSettings, *, forced: bool, allowed: bool
     ) -> Step:
         """The step under these settings; the same object, with its graphs, on every call."""
-        key = (settings, forced, allowed, model.is_active)
+        # What was captured under autocast is another step.
+        key = (settings, forced, allowed, model.is_active, autocast_dtype(self.device))
         if key not in self._steps:
             self._steps[key] = Step(
                 model,
@@ -197,6 +223,9 @@ class Workspace:
             self._compiled.clear()
         if self._graphs is not None:
             self._graphs.clear()
+
+
+_StepKey = tuple[DecodeSettings, bool, bool, bool, torch.dtype | None]
 
 
 def _unguarded() -> AbstractContextManager[Any]:

@@ -78,8 +78,8 @@ class HeldRun:
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
-        model = self.model
-        with torch.no_grad(), attention_of(model.decoder, model.latent.policy.tower):
+        attention = attention_of(self.model.decoder, self.model.latent.policy.tower)
+        with torch.no_grad(), attention, self.space.weights():
             self.space.settle()
             yield
 
