@@ -56,6 +56,8 @@ __all__ = [
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# What the second dimension of a grid takes.
+MOST_GROUPS = 65535
 _METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 
 
@@ -74,7 +76,8 @@ def nearest_codes(x: Tensor, codebook: Tensor, metric: str, config: Config | Non
     ``config`` replaces the table's choice of the screen's tiles; codes do not depend on it.
     """
     with torch.cuda.device_of(x):
-        return Search.of(x, codebook, metric, config).codes()[0]
+        parts = [search.codes()[0] for search in Search.parts(x, codebook, metric, config)]
+    return _joined(parts)
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,19 @@ def nearest_code_with_stats(
     x: Tensor, codebook: Tensor, metric: str
 ) -> tuple[Tensor, Tensor, SearchStats]:
     """``nearest_code``, and how many rows its screen could not decide, counted on the device."""
+    codes, distances, reranked = [], [], []
     with torch.cuda.device_of(x):
-        search = Search.of(x, codebook, metric)
-        codes, reranked = search.codes()
-        return codes, search.distances(codes), SearchStats(codes.numel(), reranked)
+        for search in Search.parts(x, codebook, metric):
+            found, again = search.codes()
+            codes.append(found)
+            distances.append(search.distances(found))
+            reranked.append(again)
+    every = _joined(codes)
+    return every, _joined(distances), SearchStats(every.numel(), _joined(reranked))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Bounds(NamedTuple):
@@ -144,6 +156,18 @@ class Search:
         if x.stride(-1) != 1:
             x = x.contiguous()
         return cls(x, codebook.contiguous(), metric, rounded, config)
+
+    @classmethod
+    def parts(
+        cls, x: Tensor, codebook: Tensor, metric: str, config: Config | None = None
+    ) -> list[Self]:
+        """Searches of as many groups as a grid's second dimension holds, one at the least."""
+        if x.shape[0] <= MOST_GROUPS:
+            return [cls.of(x, codebook, metric, config)]
+        return [
+            cls.of(x[i : i + MOST_GROUPS], codebook[i : i + MOST_GROUPS], metric, config)
+            for i in range(0, x.shape[0], MOST_GROUPS)
+        ]
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes int64 [G, N], and how many rows of every group were searched again."""

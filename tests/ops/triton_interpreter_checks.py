@@ -152,6 +152,20 @@ def test_how_the_second_search_is_shared_out_does_not_show(monkeypatch, tiles, p
     assert undecided == 60
 
 
+def test_more_groups_than_a_grid_holds(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(5, 9, 12, generator=generator)
+    codebook = torch.randn(5, 7, 12, generator=generator)
+    expected = triton_impl.nearest_code_with_stats(x, codebook, "l2")
+    monkeypatch.setattr(triton_impl, "MOST_GROUPS", 2)
+    got = triton_impl.nearest_code_with_stats(x, codebook, "l2")
+    assert torch.equal(got[0], oracle(x, codebook, "l2"))
+    assert torch.equal(got[1], expected[1])
+    assert got[2].rows == 45
+    assert torch.equal(got[2].reranked, expected[2].reranked)
+    assert torch.equal(triton_impl.nearest_codes(x, codebook, "l2"), got[0])
+
+
 def test_few_rows_share_the_codebook_between_programs() -> None:
     generator = torch.Generator().manual_seed(2)
     x, codebook = (torch.randn(1, n, 33, generator=generator) for n in (7, 300))
