@@ -215,5 +215,18 @@ inline FloatSums softmax_sums(const FloatRow& row, int64_t num_codes, float* exp
   return {rest_of(row, num_codes, exps, mass.total()), weighted.total()};
 }
 
+// The mass alone, of a row of whole vectors.
+inline double softmax_mass(const float* row, int64_t num_codes, float top) {
+  WideSum mass;
+  for (int64_t block = 0; block < num_codes; block += kSumBlock) {
+    VecF terms = VecF{};
+    for (int64_t k = block; k < end_of_block(block, num_codes); k += kLanesRow) {
+      terms += exp(load16(row + k) - top);
+    }
+    mass.add(terms);
+  }
+  return mass.total();
+}
+
 }  // namespace LATENT_RL_ISA_NAME
 }  // namespace latent_rl

@@ -43,31 +43,55 @@ LRL_INLINE VecU64 multiply32(VecU64 a, uint32_t factor) {
 #endif
 }
 
+LRL_INLINE VecU64 widen(HalfU32 v) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_cvtepu32_epi64(0xff, bit_cast<__m256i>(v)));
+#else
+  return __builtin_convertvector(v, VecU64);
+#endif
+}
+
 struct PhiloxWords {
   VecU64 word[4];  // 32 bits in each lane
 };
 
-// The four words of eight counters: counter (block, offset low, offset high, 0) in each lane.
-LRL_INLINE PhiloxWords philox_words_of(PhiloxKey key, VecU64 block) {
+// The four words of counters (block, offset low, offset high, 0), one in each lane, of some
+// vectors.
+template <int kParts>
+LRL_INLINE void philox_words_of(PhiloxKey key, const VecU64 (&block)[kParts],
+                                PhiloxWords (&out)[kParts]) {
   const VecU64 low32 = VecU64{} + 0xffffffffULL;
   // Bits above the low 32 of c0 and c2 do no harm until the end: a product does not read them.
-  VecU64 c0 = block;
-  VecU64 c1 = VecU64{} + (key.offset & 0xffffffffULL);
-  VecU64 c2 = VecU64{} + (key.offset >> 32);
-  VecU64 c3 = VecU64{};
+  VecU64 c0[kParts], c1[kParts], c2[kParts], c3[kParts];
+  for (int part = 0; part < kParts; ++part) {
+    c0[part] = block[part];
+    c1[part] = VecU64{} + (key.offset & 0xffffffffULL);
+    c2[part] = VecU64{} + (key.offset >> 32);
+    c3[part] = VecU64{};
+  }
   uint32_t k0 = static_cast<uint32_t>(key.seed);
   uint32_t k1 = static_cast<uint32_t>(key.seed >> 32);
   for (int round = 0; round < philox::kRounds; ++round) {
-    const VecU64 p0 = multiply32(c0, philox::kMultiplier0);
-    const VecU64 p1 = multiply32(c2, philox::kMultiplier1);
-    c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
-    c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
-    c1 = p1;
-    c3 = p0;
+    for (int part = 0; part < kParts; ++part) {
+      const VecU64 p0 = multiply32(c0[part], philox::kMultiplier0);
+      const VecU64 p1 = multiply32(c2[part], philox::kMultiplier1);
+      c0[part] = (p1 >> 32) ^ c1[part] ^ static_cast<uint64_t>(k0);
+      c2[part] = (p0 >> 32) ^ c3[part] ^ static_cast<uint64_t>(k1);
+      c1[part] = p1;
+      c3[part] = p0;
+    }
     k0 += philox::kWeyl0;
     k1 += philox::kWeyl1;
   }
-  return {{c0 & low32, c1 & low32, c2 & low32, c3 & low32}};
+  for (int part = 0; part < kParts; ++part) {
+    out[part] = {{c0[part] & low32, c1[part] & low32, c2[part] & low32, c3[part] & low32}};
+  }
+}
+LRL_INLINE PhiloxWords philox_words_of(PhiloxKey key, VecU64 block) {
+  const VecU64 blocks[1] = {block};
+  PhiloxWords words[1];
+  philox_words_of(key, blocks, words);
+  return words[0];
 }
 
 // 32 words in the order of their codes, eight to a part.
@@ -95,27 +119,42 @@ LRL_INLINE NoiseBlock philox_block(PhiloxKey key, int64_t block) {
   return out;
 }
 
-LRL_INLINE VecU64 widen(HalfU32 v) {
-#if defined(__AVX512F__)
-  return bit_cast<VecU64>(_mm512_maskz_cvtepu32_epi64(0xff, bit_cast<__m256i>(v)));
-#else
-  return __builtin_convertvector(v, VecU64);
-#endif
-}
-
 LRL_INLINE VecD gumbel(VecU64 word) {
   const VecD u = (bit_cast<VecD>(word | 0x4330000000000000ULL) - 0x1p52 + 0.5) * 0x1p-32;
   return -log(-log(u));
 }
 
-// The words of the codes in `ids`, each below 2^31.
-LRL_INLINE VecU64 words_of_codes(PhiloxKey key, VecU64 ids) {
-  const PhiloxWords w = philox_words_of(key, ids >> 2);
+// The word of each code, given its counter's four.
+LRL_INLINE VecU64 word_of_code(const PhiloxWords& w, VecU64 ids) {
   const VecU64 odd = VecU64{} - (ids & 1);
   const VecU64 upper = VecU64{} - ((ids >> 1) & 1);
   const VecU64 front = (w.word[0] & ~odd) | (w.word[1] & odd);
   const VecU64 back = (w.word[2] & ~odd) | (w.word[3] & odd);
   return (front & ~upper) | (back & upper);
+}
+
+// The words of the codes in `ids`, each below 2^31.
+LRL_INLINE VecU64 words_of_codes(PhiloxKey key, VecU64 ids) {
+  return word_of_code(philox_words_of(key, ids >> 2), ids);
+}
+
+// Those of 32 codes, whose rounds do not wait for each other.
+LRL_INLINE NoiseBlock words_of_codes(PhiloxKey key, const int32_t* ids) {
+  constexpr int kParts = kNoiseBlock / kLanesD;
+  NoiseBlock block;
+  VecU64 id[kParts], counter[kParts];
+  for (int part = 0; part < kParts; ++part) {
+    HalfU32 some;
+    memcpy(&some, ids + part * kLanesD, sizeof(some));
+    id[part] = widen(some);
+    counter[part] = id[part] >> 2;
+  }
+  PhiloxWords words[kParts];
+  philox_words_of(key, counter, words);
+  for (int part = 0; part < kParts; ++part) {
+    block.part[part] = __builtin_convertvector(word_of_code(words[part], id[part]), HalfU32);
+  }
+  return block;
 }
 
 struct GumbelBounds {

@@ -51,20 +51,6 @@ inline double softmax_mass(const double* row, int64_t num_codes, double top) {
   return sum_lanes(mass);
 }
 
-// Likewise with exponentials in float32, added in float64: good to about 2e-7, relatively.
-inline double softmax_mass(const float* row, int64_t num_codes, double top) {
-  const VecF float_top = VecF{} + static_cast<float>(top);
-  VecD mass = VecD{};
-  for (int64_t k = 0; k < num_codes; k += 2 * kLanesD) {
-    VecF v;
-    memcpy(&v, row + k, sizeof(v));
-    HalfF low, high;
-    split(exp(v - float_top), &low, &high);
-    mass += widen(low) + widen(high);
-  }
-  return sum_lanes(mass);
-}
-
 inline SoftmaxSums softmax_sums(const double* row, int64_t num_codes, double top) {
   VecD mass = VecD{};
   VecD weighted = VecD{};

@@ -2,6 +2,7 @@
 #include "isa/functions.h"
 #include "isa/rows.h"
 #include "isa/select.h"
+#include "isa/short_list.h"
 
 namespace latent_rl {
 namespace LATENT_RL_ISA_NAME {
@@ -20,6 +21,7 @@ struct Workspace {
 // A row as elements of S, with what selection needs to know of it.
 template <typename S>
 struct Scan {
+  const S* row;  // of whole vectors, -inf past its end
   S top;
   S lowest;       // least value that is not masked
   int64_t legal;  // values that are not masked
@@ -44,35 +46,42 @@ LRL_INLINE VecF load_lanes(const T* p, int64_t count, float*) {
   return v;
 }
 
+// Reads a row, into `copy` unless it can be used where it lies.
 template <typename S, typename T>
-Scan<S> scan_row(const T* source, int64_t num_codes, S* row) {
+Scan<S> scan_row(const T* source, int64_t num_codes, S* copy) {
   using Vec = typename Lanes<S>::Vec;
   using Mask = typename Lanes<S>::Mask;
-  constexpr int64_t kStep = kLanesOf<S>;
   const S infinity = S(kInf);
   Vec top = Vec{} - infinity;
   Vec lowest = Vec{} + infinity;
-  Mask all_legal = Mask{} - 1;
+  Mask illegal = {};
   Mask unmasked = {};
-  for (int64_t k = 0; k < padded(num_codes); k += kStep) {
-    Vec v = Vec{} - infinity;
-    if (k < num_codes) v = load_lanes(source + k, num_codes - k, static_cast<S*>(nullptr));
+  const auto note = [&](Vec v) {
     const Mask seen = v > Vec{} - infinity;
-    all_legal &= v < Vec{} + infinity;  // false for NaN and +inf
+    illegal |= ~(v < Vec{} + infinity);  // true for NaN and +inf
     unmasked += seen;
-    top = top > v ? top : v;
+    top = v > top ? v : top;
     const Vec shown = seen ? v : Vec{} + infinity;
     lowest = shown < lowest ? shown : lowest;
-    memcpy(row + k, &v, sizeof(v));
+  };
+  const S* row = copy;
+  if (sizeof(S) == sizeof(float) && sizeof(T) == sizeof(float) && num_codes % kLanesOf<S> == 0) {
+    row = reinterpret_cast<const S*>(source);
+    for (int64_t k = 0; k < num_codes; k += kLanesOf<S>) note(load_vec(row + k));
+  } else {
+    for (int64_t k = 0; k < num_codes; k += kLanesOf<S>) {
+      const Vec v = load_lanes(source + k, num_codes - k, static_cast<S*>(nullptr));
+      memcpy(copy + k, &v, sizeof(v));
+      note(v);
+    }
   }
-  Scan<S> out = {top[0], lowest[0], 0, true};
-  for (int64_t lane = 0; lane < kStep; ++lane) {
-    out.top = top[lane] > out.top ? top[lane] : out.top;
-    out.lowest = lowest[lane] < out.lowest ? lowest[lane] : out.lowest;
-    out.legal -= unmasked[lane];
-    out.valid = out.valid && all_legal[lane] != 0;
-  }
-  out.valid = out.valid && out.legal > 0;
+  Scan<S> out = {};
+  out.row = row;
+  out.top = fold<S>(top, [](auto a, auto b) { return a > b ? a : b; });
+  out.lowest = fold<S>(lowest, [](auto a, auto b) { return a < b ? a : b; });
+  using Key = typename Lanes<S>::Key;
+  out.legal = -fold<Key>(unmasked, [](auto a, auto b) { return a + b; });
+  out.valid = out.legal > 0 && !any_lane(bit_cast<VecI64>(illegal));
   return out;
 }
 
@@ -96,17 +105,19 @@ LRL_INLINE void pad(S* array, int64_t size, double fill) {
 
 // Lists the top_k codes of a row, or all that are not masked.
 template <typename S>
-int64_t list_top_k(const S* row, int64_t num_codes, const Scan<S>& scan, int64_t top_k,
-                   const Workspace& w, S* values) {
+int64_t list_top_k(const Scan<S>& scan, int64_t num_codes, int64_t top_k, const Workspace& w,
+                   S* values) {
+  const S* row = scan.row;
   if (top_k <= 0 || top_k >= scan.legal) return list(row, num_codes, scan.lowest, w.ids, values);
   const double target = static_cast<double>(top_k);
   const Bracket<S> bracket =
-      narrow(Bracket<S>{scan.lowest, next_above(scan.top), {0.0, 0}, scan.legal}, target,
+      narrow(Bracket<S>{scan.lowest, next_above(scan.top), {0.0, 0}, scan.legal}, target, top_k,
              [&](S threshold) {
                const int64_t count = count_at_least(row, num_codes, threshold);
                return Tally{static_cast<double>(count), count};
              });
   const int64_t listed = list(row, num_codes, bracket.low, w.ids, values);
+  if (listed == top_k) return listed;
   pad(values, listed, -kInf);
   const Cut<S> cut =
       find_cut(values, listed, bracket, target, w.positions, [](int64_t) { return 1.0; });
@@ -156,7 +167,7 @@ Cut<double> cut_at_mass(const Workspace& w, int64_t size, double lowest, double 
       }
     }
   }
-  bracket = narrow(bracket, target, measure);
+  bracket = narrow(bracket, target, -1, measure);
   return find_cut(w.values, size, bracket, target, w.positions,
                   [&](int64_t i) { return w.masses[i]; });
 }
@@ -255,40 +266,71 @@ PhiloxKey key_of_row(const SampleArgs& args, int64_t row) {
   return {static_cast<uint64_t>(args.seeds[row]), static_cast<uint64_t>(args.offsets[row])};
 }
 
-// A row that top-k, top-p or min-p truncates. With S = float selection compares the logits
-// themselves, sixteen at a time; with S = double it compares logits / T.
-template <typename S, typename T>
+// A row of what top-k left, by float64: what a row of kept codes draws, and the sums over them.
+template <typename S>
+Drawn draw_listed(const SampleArgs& args, const Workspace& w, const S* listed, int64_t size,
+                  double lowest, double top, double divisor, PhiloxKey key, SoftmaxSums* sums) {
+  const double mass = weigh(listed, size, top, divisor, w);
+  size = truncate(args, w, size, lowest, top, mass, sums);
+  return draw(w, size, args.num_codes, key);
+}
+
+// A row that top-k, top-p or min-p truncates. Selection compares the logits themselves, sixteen at
+// a time.
+template <typename T>
 void truncated_row(const SampleArgs& args, int64_t at, const Workspace& w) {
   const int64_t num_codes = args.num_codes;
   const T* logits = static_cast<const T*>(args.logits) + at * args.row_stride;
-  S* row = reinterpret_cast<S*>(w.row);
-  Scan<S> scan = scan_row<S>(logits, num_codes, row);
+  const Scan<float> scan = scan_row(logits, num_codes, reinterpret_cast<float*>(w.row));
   if (!scan.valid) return write_invalid<T>(args, at);
-  const double full_top = scan.top;
-  double divisor = args.temperature;
-  double full_mass = 0.0;
-  if constexpr (sizeof(S) == sizeof(double)) {
-    full_mass = softmax_mass(row, num_codes, full_top);
-    for (int64_t k = 0; k < padded(num_codes); k += kLanesD) {
-      store8(row + k, load8(row + k) / divisor);
-    }
-    scan.top /= divisor;
-    scan.lowest /= divisor;
-    divisor = 1.0;
-  }
+  const double divisor = args.temperature;
   const double top = scan.top / divisor;
-  if (!(top < kInf && top > -kInf)) return write_invalid<T>(args, at);
-  S* listed = reinterpret_cast<S*>(w.listed);
-  int64_t size = list_top_k(row, num_codes, scan, args.top_k, w, listed);
+  float* listed = reinterpret_cast<float*>(w.listed);
+  const int64_t size = list_top_k(scan, num_codes, args.top_k, w, listed);
   pad(listed, size, -kInf);
-  // Here it overlaps with the stores of the listed values, which are read next.
-  if constexpr (sizeof(S) < sizeof(double)) full_mass = softmax_mass(row, num_codes, full_top);
-  const double mass = weigh(listed, size, top, divisor, w);
+  const double full_mass = softmax_mass(scan.row, num_codes, scan.top);
+  const PhiloxKey key = key_of_row(args, at);
+  Drawn drawn = {-1, 0.0};
   SoftmaxSums sums = {};
-  size = truncate(args, w, size, scan.lowest / divisor, top, mass, &sums);
-  const Drawn drawn = draw(w, size, num_codes, key_of_row(args, at));
+  if (size <= kShort && fits_short(divisor, top, args.min_p)) {
+    const ShortList list = {listed, w.ids, size, scan.top, divisor, args.top_p, args.min_p};
+    const ShortDraw found = draw_short(list, key);
+    sums.mass = found.mass;
+    sums.weighted = found.weighted;
+    if (found.at >= 0) drawn = {w.ids[found.at], listed[found.at] / divisor};
+  }
+  if (drawn.code < 0) {
+    const double lowest = scan.lowest / divisor;
+    drawn = draw_listed(args, w, listed, size, lowest, top, divisor, key, &sums);
+  }
   const VecD log_mass = log(VecD{sums.mass, full_mass, 1, 1, 1, 1, 1, 1});
   write_row<T>(args, at, drawn.code, drawn.value - top - log_mass[0],
+               to_double(logits[drawn.code]) - scan.top - log_mass[1],
+               log_mass[0] - sums.weighted / sums.mass);
+}
+
+// Likewise where float32 cannot tell: selection compares logits / T.
+template <typename T>
+void truncated_row_wide(const SampleArgs& args, int64_t at, const Workspace& w) {
+  const int64_t num_codes = args.num_codes;
+  const T* logits = static_cast<const T*>(args.logits) + at * args.row_stride;
+  Scan<double> scan = scan_row(logits, num_codes, w.row);
+  if (!scan.valid) return write_invalid<T>(args, at);
+  const double full_top = scan.top;
+  const double full_mass = softmax_mass(w.row, num_codes, full_top);
+  for (int64_t k = 0; k < num_codes; k += kLanesD) {
+    store8(w.row + k, load8(w.row + k) / args.temperature);
+  }
+  scan.top /= args.temperature;
+  scan.lowest /= args.temperature;
+  if (!(scan.top < kInf && scan.top > -kInf)) return write_invalid<T>(args, at);
+  const int64_t size = list_top_k(scan, num_codes, args.top_k, w, w.listed);
+  pad(w.listed, size, -kInf);
+  SoftmaxSums sums = {};
+  const Drawn drawn =
+      draw_listed(args, w, w.listed, size, scan.lowest, scan.top, 1.0, key_of_row(args, at), &sums);
+  const VecD log_mass = log(VecD{sums.mass, full_mass, 1, 1, 1, 1, 1, 1});
+  write_row<T>(args, at, drawn.code, drawn.value - scan.top - log_mass[0],
                to_double(logits[drawn.code]) - full_top - log_mass[1],
                log_mass[0] - sums.weighted / sums.mass);
 }
@@ -356,9 +398,9 @@ void sample_row(const SampleArgs& args, int64_t at, const Workspace& w) {
       (args.top_k > 0 && args.top_k < args.num_codes) || args.top_p < 1.0 || args.min_p > 0.0;
   if (!truncated) return whole_row<T>(args, at, w);
   if constexpr (sizeof(T) <= sizeof(float)) {
-    if (keeps_floats_apart(args.temperature)) return truncated_row<float, T>(args, at, w);
+    if (keeps_floats_apart(args.temperature)) return truncated_row<T>(args, at, w);
   }
-  truncated_row<double, T>(args, at, w);
+  truncated_row_wide<T>(args, at, w);
 }
 
 }  // namespace

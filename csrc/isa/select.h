@@ -125,10 +125,19 @@ template <typename S>
 inline int64_t count_at_least(const S* row, int64_t width, S threshold) {
   typename Lanes<S>::Mask found = {};
   for (int64_t k = 0; k < width; k += kLanesOf<S>) found += load_vec(row + k) >= threshold;
+  return -fold<typename Lanes<S>::Key>(found, [](auto a, auto b) { return a + b; });
+}
+#if defined(__AVX512F__)
+template <>
+inline int64_t count_at_least<float>(const float* row, int64_t width, float threshold) {
+  const __m512 least = _mm512_set1_ps(threshold);
   int64_t count = 0;
-  for (int64_t lane = 0; lane < kLanesOf<S>; ++lane) count -= found[lane];
+  for (int64_t k = 0; k < width; k += kLanesOf<float>) {
+    count += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(row + k), least, _CMP_GE_OQ));
+  }
   return count;
 }
+#endif
 
 inline Tally mass_at_least(const double* values, const double* masses, int64_t width,
                            double threshold) {
@@ -151,14 +160,22 @@ struct Bracket {
   S high;
   Tally above;
   int64_t inside;
+  int64_t reached() const { return above.count + inside; }  // how many are at or above `low`
 };
 
-// Narrows a bracket until at most kWindow elements, or elements of one value alone, are inside.
-// `measure(threshold)` gives the Tally at or above a threshold.
+// Of a count that is wanted, steps taken to meet it exactly where ranking would do already: a step
+// is cheaper, but equal values at the end of the prefix never come apart.
+constexpr int kExtraSteps = 6;
+
+// Narrows a bracket until at most kWindow elements, or elements of one value alone, are inside, or
+// until `exact` elements reach its low end (-1 for no such end). `measure(threshold)` gives the
+// Tally at or above a threshold.
 template <typename S, typename Measure>
-Bracket<S> narrow(Bracket<S> b, double target, const Measure& measure) {
+Bracket<S> narrow(Bracket<S> b, double target, int64_t exact, const Measure& measure) {
   using Key = typename Lanes<S>::Key;
-  for (int step = 1; b.inside > kWindow; ++step) {
+  int extra = exact < 0 ? 0 : kExtraSteps;
+  for (int step = 1; b.reached() != exact; ++step) {
+    if (b.inside <= kWindow && extra-- == 0) break;
     const Key low = key_of(b.low);
     const Key high = key_of(b.high);
     if (high - low == 1) break;
@@ -170,7 +187,7 @@ Bracket<S> narrow(Bracket<S> b, double target, const Measure& measure) {
     const Tally reached = measure(middle);
     // Which half it is cannot be predicted, so both are computed and one is selected.
     const bool upper = reached.weight >= target;
-    const int64_t low_count = upper ? reached.count : b.above.count + b.inside;
+    const int64_t low_count = upper ? reached.count : b.reached();
     b.low = upper ? middle : b.low;
     b.high = upper ? b.high : middle;
     b.above.weight = upper ? b.above.weight : reached.weight;

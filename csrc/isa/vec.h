@@ -241,6 +241,35 @@ LRL_INLINE bool any_lane(VecI64 mask) {
   return ((low[0] | low[2]) | (low[1] | low[3])) != 0;
 }
 
+// One bit per lane of a comparison's result.
+LRL_INLINE uint32_t lanes_of(VecI32 mask) {
+#if defined(__AVX512F__)
+  return static_cast<uint32_t>(_mm512_movepi32_mask(bit_cast<__m512i>(mask)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 16; ++lane) bits |= (mask[lane] != 0 ? 1u : 0u) << lane;
+  return bits;
+#endif
+}
+
+// The lanes of a vector joined by an operation that takes vectors and scalars: halves first.
+template <typename Scalar, typename Vec, typename Op>
+LRL_INLINE Scalar fold(const Vec& v, const Op& op) {
+  typedef Scalar Half __attribute__((vector_size(32)));
+  typedef Scalar Quarter __attribute__((vector_size(16)));
+  Half low, high;
+  split(v, &low, &high);
+  const Half half = op(low, high);
+  Quarter a, b;
+  split(half, &a, &b);
+  const Quarter quarter = op(a, b);
+  Scalar joined = op(quarter[0], quarter[1]);
+  for (int lane = 2; lane < static_cast<int>(16 / sizeof(Scalar)); ++lane) {
+    joined = op(joined, quarter[lane]);
+  }
+  return joined;
+}
+
 // --- Elementary functions, within 2 ulp of the true value. ---
 
 // exp for x <= 709; below -708 the result is 0 (true value under 4e-308). exp(NaN) is undefined.

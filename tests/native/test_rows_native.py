@@ -12,6 +12,7 @@ from latent_rl import _C
 from latent_rl.native.code_logprobs import code_logprobs_backward, code_logprobs_forward
 from latent_rl.native.gumbel_quantize import gumbel_quantize_backward, gumbel_quantize_forward
 from latent_rl.native.sample_codes import sample_codes
+from latent_rl.reference.sample_codes import sample_codes as reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -123,6 +124,55 @@ def test_the_lowest_id_wins_ties_across_lanes(isa: str) -> None:
     logits[:, 39] = 1.0  # pushes the highest of the tied ids out
     codes = sample_codes(logits, 1.0, 3, 1.0, 0.0, seeds, seeds)[0]
     assert set(codes.tolist()) == {0, 1, 39}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [(0.8, 32, 0.95, 0.0), (1.3, 64, 0.6, 0.1), (0.2, 50, 1.0, 0)])
+def test_short_lists_draw_the_codes_of_the_reference(
+    isa: str, dtype: torch.dtype, settings: tuple[float, int, float, float]
+) -> None:
+    generator = torch.Generator().manual_seed(16)
+    logits = (2 * torch.randn(3000, 130, generator=generator)).to(dtype)
+    logits[0, 3:] = -torch.inf
+    logits[1:40] = logits[1:40].round()  # ties, of which the lower ids come first
+    seeds = torch.randint(-(2**62), 2**62, (3000,), generator=generator)
+    got = sample_codes(logits, *settings, seeds, seeds)
+    expected = reference(logits, *settings, seeds, seeds)
+    assert torch.equal(got[0], expected[0])
+    for mine, theirs in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=5e-7, atol=5e-7)
+
+
+def test_draws_that_float32_cannot_tell_are_those_of_float64(isa: str) -> None:
+    rows = 200
+    seeds = torch.arange(rows)
+    zeros = torch.zeros(rows, dtype=torch.int64)
+    values = np.stack([noise(row, 0, 24) for row in range(rows)])
+    # Every code scores 0 but for the rounding of its logit, 1e-7 or so.
+    logits = torch.from_numpy(-values).float()
+    settings = (1.0, 23, 1.0, 0.0)
+    expected = reference(logits, *settings, seeds, zeros)[0]
+    assert len(set(expected.tolist())) > 10
+    assert torch.equal(sample_codes(logits, *settings, seeds, zeros)[0], expected)
+
+
+@pytest.mark.parametrize("above", [-1e-6, -1e-9, 1e-9, 1e-6])
+def test_prefixes_that_float32_cannot_tell_are_those_of_float64(isa: str, above: float) -> None:
+    # Masses 1 and 1/3: the second code stays when top_p is above 3/4.
+    logits = torch.tensor([[np.log(3.0), 0.0, -200.0]] * 100, dtype=torch.float32)
+    logits[50:, 1] = torch.tensor(np.log(3.0)).float()  # now of equal mass: 1/2 and 1/2
+    seeds = torch.arange(100)
+    for edge in (1 / (1 + np.exp(-float(logits[0, 0]))), 0.5):
+        settings = (1.0, 2, edge * (1 + above), 0.0)
+        got = sample_codes(logits, *settings, seeds, seeds)
+        expected = reference(logits, *settings, seeds, seeds)
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[3], expected[3], rtol=1e-6, atol=1e-6)
+    # A code as likely as min_p asks, and one a little less.
+    for min_p in (np.exp(-float(logits[0, 0])) * (1 + above), 1.0):
+        got = sample_codes(logits, 1.0, 2, 1.0, min_p, seeds, seeds)
+        expected = reference(logits, 1.0, 2, 1.0, min_p, seeds, seeds)
+        torch.testing.assert_close(got[3], expected[3], rtol=1e-6, atol=1e-6)
 
 
 def test_samples_follow_the_distribution() -> None:
