@@ -161,15 +161,23 @@ def test_hostile_searches(module, name, metric) -> None:
     check(x, codebook, metric, screen(x, codebook, metric))
 
 
-def near_ties() -> tuple[Tensor, Tensor]:
-    """Rows whose best codes differ by less than sums of that size can keep."""
-    x, codebook = normal(1, 128, 256).abs(), normal(1, 1, 256).abs().repeat(1, 64, 1)
-    codebook[..., :8] = normal(1, 64, 8) * 2.0**-15
+def near_ties(apart: int) -> tuple[Tensor, Tensor]:
+    """Every code has one twin, ``apart`` places away; sums of that size hardly tell them apart."""
+    places = torch.arange(256)
+    x, codebook = normal(1, 512, 256).abs(), normal(1, 256, 256).abs()
+    codebook = codebook[:, places & ~apart]
+    # What differs enters one twin's sum first and the other's last: they are cut apart.
+    first = (places & apart == 0)[:, None]
+    small = normal(1, 256, 8).abs() * 2.0**-15
+    codebook[..., :8] = torch.where(first, small, 0)
+    codebook[..., -8:] = torch.where(first, 0, small)
     return x, codebook
 
 
-def test_the_bound_is_needed_and_enough(module) -> None:
-    x, codebook = near_ties()
+# Twins in another slot of a stretch, in another lane, fragment, stretch and tile.
+@pytest.mark.parametrize("apart", [1, 2, 8, 32, 128])
+def test_the_bound_is_needed_and_enough(module, apart) -> None:
+    x, codebook = near_ties(apart)
     check(x, codebook, "dot", screen(x, codebook, "dot"))
     unbounded = screen(x, codebook, "dot", (0.0, 0.0, 0.0))
     with pytest.raises(AssertionError):
