@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +51,6 @@ class Trace:
     def detach(self) -> Trace:
         """The same trace cut from the graph."""
         return self._each(lambda t: t.detach())
-
-    def with_hidden(self, hidden: Tensor) -> Trace:
-        """The same trace with other states of the same shape."""
-        return dataclasses.replace(self, hidden=hidden)
 
     def _each(self, apply: Callable[[Tensor], Tensor]) -> Trace:
         kwargs = {name: _apply(value, apply) for name, value in self.tower_kwargs.items()}

@@ -26,7 +26,7 @@ def trainer_of(path, reward, callbacks=None, **changes):
 
 
 def judge(url, **changes):
-    settings = {"timeout": 10.0, "max_retries": 0, **changes}
+    settings = {"timeout": 60.0, "max_retries": 0, **changes}
     return PairwiseJudge(JudgeSettings("judge-1", url, **settings), WIT)
 
 

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from latent_rl.rewards.judge.budget import Budget
 from latent_rl.rewards.judge.cache import JudgementCache
@@ -22,8 +22,6 @@ from latent_rl.rewards.protocol import RewardValue
 from latent_rl.rewards.text import completion_text
 
 __all__ = ["JudgeCase", "Judgement", "PairwiseJudge", "PointwiseJudge"]
-
-Answers: TypeAlias = "Mapping[str, Scores | Exception]"
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class _Judge(ABC):
         settings: JudgeSettings,
         rubric: Rubric,
         *,
-        reference_column: str,
-        name: str,
+        reference_column: str = "reference",
+        name: str = "judge",
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] | None = None,
     ) -> None:
@@ -261,25 +259,6 @@ class PointwiseJudge(_Judge):
     `PairwiseJudge` where there are references.
     """
 
-    def __init__(
-        self,
-        settings: JudgeSettings,
-        rubric: Rubric,
-        *,
-        reference_column: str = "reference",
-        name: str = "judge",
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        jitter: Callable[[], float] | None = None,
-    ) -> None:
-        super().__init__(
-            settings,
-            rubric,
-            reference_column=reference_column,
-            name=name,
-            sleep=sleep,
-            jitter=jitter,
-        )
-
     def applies(self, reference: str | None) -> bool:
         """Always."""
         return True
@@ -311,25 +290,6 @@ class PairwiseJudge(_Judge):
     Can be gamed by whatever sways the judge, above all length and text addressed to it. Combine it
     with a `LengthRange`, and read completions when it jumps.
     """
-
-    def __init__(
-        self,
-        settings: JudgeSettings,
-        rubric: Rubric,
-        *,
-        reference_column: str = "reference",
-        name: str = "judge",
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        jitter: Callable[[], float] | None = None,
-    ) -> None:
-        super().__init__(
-            settings,
-            rubric,
-            reference_column=reference_column,
-            name=name,
-            sleep=sleep,
-            jitter=jitter,
-        )
 
     def applies(self, reference: str | None) -> bool:
         """Where there is a reference."""

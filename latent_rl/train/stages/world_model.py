@@ -28,7 +28,7 @@ class Inferred:
     """Codes the inverse dynamics assigns to the M response positions of a batch.
 
     state [M, H]; targets [M] next tokens; codes [M]; vectors [M, D] straight-through; text_only [M]
-    bool; quantizer_loss, perplexity []; entropy [M] of the code distribution, nats (0 where the
+    bool; quantizer_loss []; entropy [M] of the code distribution, nats (0 where the
     quantizer is deterministic).
     """
 
@@ -38,7 +38,6 @@ class Inferred:
     vectors: Tensor
     text_only: Tensor
     quantizer_loss: Tensor
-    perplexity: Tensor
     entropy: Tensor
 
 
@@ -59,7 +58,6 @@ def infer_codes(model: LatentActionModel, trace: Trace, labels: Tensor, *, seed:
         vectors=quantized.vectors,
         text_only=trace.text_only[:, None].expand_as(mask)[mask],
         quantizer_loss=quantized.loss,
-        perplexity=quantized.perplexity,
         entropy=quantized.entropy,
     )
 
