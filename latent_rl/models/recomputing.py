@@ -47,7 +47,8 @@ class Recomputing(nn.Module):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether any module recomputes its activations."""
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        # Read at every micro-batch: getattr of what a module lacks takes twice as long.
+        return any(vars(module).get("gradient_checkpointing", False) for module in self.modules())
 
     # The names of transformers before 5.23, which its Trainer calls there.
 

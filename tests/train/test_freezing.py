@@ -38,3 +38,10 @@ def test_only_trainable_modules_are_in_train_mode():
     set_training_modes(model, [model["a"]])
     assert model["a"].training
     assert not model["b"][1].training
+
+
+def test_a_module_left_in_train_mode_is_found_inside_one_in_eval_mode():
+    model = network().eval()
+    model["b"][1].train()
+    set_training_modes(model, [])
+    assert not any(module.training for module in model.modules())
