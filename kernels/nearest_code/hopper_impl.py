@@ -10,7 +10,13 @@ from typing import ClassVar, Self
 
 import torch
 from latent_rl.kernels.nearest_code.configs import Config
-from latent_rl.kernels.nearest_code.triton_impl import Search, SearchStats, screen_bounds
+from latent_rl.kernels.nearest_code.triton_impl import (
+    Search,
+    SearchStats,
+    everything,
+    only_codes,
+    screen_bounds,
+)
 from torch import Tensor
 
 from latent_rl.native.nearest_code_hopper import WIDEST, copyable, screen
@@ -37,7 +43,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
 def nearest_codes(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     """The codes of ``nearest_code``, without the pass over the rows that distances take."""
     with torch.cuda.device_of(x):
-        return HopperSearch.of(x, codebook, metric).codes()[0]
+        return only_codes(HopperSearch.parts(x, codebook, metric))
 
 
 def nearest_code_with_stats(
@@ -45,9 +51,7 @@ def nearest_code_with_stats(
 ) -> tuple[Tensor, Tensor, SearchStats]:
     """``nearest_code``, and how many rows its screen could not decide, counted on the device."""
     with torch.cuda.device_of(x):
-        search = HopperSearch.of(x, codebook, metric)
-        codes, reranked = search.codes()
-        return codes, search.distances(codes), SearchStats(codes.numel(), reranked)
+        return everything(HopperSearch.parts(x, codebook, metric))
 
 
 class HopperSearch(Search):

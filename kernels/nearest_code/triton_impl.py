@@ -9,6 +9,7 @@ distance is taken in float64. README.md has the proof.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -48,9 +49,11 @@ __all__ = [
     "Bounds",
     "Search",
     "SearchStats",
+    "everything",
     "nearest_code",
     "nearest_code_with_stats",
     "nearest_codes",
+    "only_codes",
     "screen_bounds",
 ]
 
@@ -76,8 +79,7 @@ def nearest_codes(x: Tensor, codebook: Tensor, metric: str, config: Config | Non
     ``config`` replaces the table's choice of the screen's tiles; codes do not depend on it.
     """
     with torch.cuda.device_of(x):
-        parts = [search.codes()[0] for search in Search.parts(x, codebook, metric, config)]
-    return _joined(parts)
+        return only_codes(Search.parts(x, codebook, metric, config))
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,23 @@ def nearest_code_with_stats(
     x: Tensor, codebook: Tensor, metric: str
 ) -> tuple[Tensor, Tensor, SearchStats]:
     """``nearest_code``, and how many rows its screen could not decide, counted on the device."""
-    codes, distances, reranked = [], [], []
     with torch.cuda.device_of(x):
-        for search in Search.parts(x, codebook, metric):
-            found, again = search.codes()
-            codes.append(found)
-            distances.append(search.distances(found))
-            reranked.append(again)
+        return everything(Search.parts(x, codebook, metric))
+
+
+def only_codes(searches: Sequence[Search]) -> Tensor:
+    """Codes of parts of the groups, joined."""
+    return _joined([search.codes()[0] for search in searches])
+
+
+def everything(searches: Sequence[Search]) -> tuple[Tensor, Tensor, SearchStats]:
+    """Codes, distances and statistics of parts of the groups, joined."""
+    codes, distances, reranked = [], [], []
+    for search in searches:
+        found, again = search.codes()
+        codes.append(found)
+        distances.append(search.distances(found))
+        reranked.append(again)
     every = _joined(codes)
     return every, _joined(distances), SearchStats(every.numel(), _joined(reranked))
 
