@@ -242,9 +242,17 @@ def _through_joined(
     hidden = rows.shape[1]
     joined = torch.cat([rows, table.index_select(0, entry.clamp(min=0))], 1)
     d_joined = _both(d_pre, weights)
-    d_vectors = d_joined[:, hidden:]
-    d_code = d_vectors if per_row else segment_sum(d_vectors, entry, len(table))
-    return d_joined[:, :hidden], d_code, (d_pre[0].T @ joined, d_pre[1].T @ joined)
+    d_e, d_vectors = d_joined[:, :hidden], d_joined[:, hidden:]
+    if per_row:
+        d_code = _own(d_vectors)
+    else:
+        d_code = segment_sum(d_vectors, entry, len(table))
+    return _own(d_e), d_code, (d_pre[0].T @ joined, d_pre[1].T @ joined)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy: a torch op's results may not share memory, and of one row any part is contiguous."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _both(d_pre: Pair, weights: Pair) -> Tensor:
