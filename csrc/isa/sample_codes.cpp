@@ -103,24 +103,28 @@ LRL_INLINE void pad(S* array, int64_t size, double fill) {
   for (int64_t i = size; i % 16 != 0; ++i) array[i] = S(fill);
 }
 
-// Lists the top_k codes of a row, or all that are not masked.
+// What counts the values at or above a threshold.
 template <typename S>
-int64_t list_top_k(const Scan<S>& scan, int64_t num_codes, int64_t top_k, const Workspace& w,
-                   S* values) {
-  const S* row = scan.row;
-  if (top_k <= 0 || top_k >= scan.legal) return list(row, num_codes, scan.lowest, w.ids, values);
-  const double target = static_cast<double>(top_k);
-  const Bracket<S> bracket =
-      narrow(Bracket<S>{scan.lowest, next_above(scan.top), {0.0, 0}, scan.legal}, target, top_k,
-             [&](S threshold) {
-               const int64_t count = count_at_least(row, num_codes, threshold);
-               return Tally{static_cast<double>(count), count};
-             });
-  const int64_t listed = list(row, num_codes, bracket.low, w.ids, values);
-  if (listed == top_k) return listed;
+struct Counter {
+  const S* values;
+  int64_t width;
+
+  LRL_INLINE Tally operator()(S threshold) const {
+    const int64_t count = count_at_least(values, width, threshold);
+    return {static_cast<double>(count), count};
+  }
+};
+
+// Of a list of codes and their values, keeps the prefix of top_k that ends in the bracket.
+template <typename S>
+LRL_INLINE int64_t keep_prefix(S* values, int64_t listed, const Bracket<S>& bracket, int64_t top_k,
+                               const Workspace& w) {
   pad(values, listed, -kInf);
-  const Cut<S> cut =
-      find_cut(values, listed, bracket, target, w.positions, [](int64_t) { return 1.0; });
+  Cut<S> cut = {bracket.low, INT32_MAX};
+  if (bracket.reached() != top_k) {
+    cut = find_cut(values, listed, bracket, static_cast<double>(top_k), w.positions,
+                   [](int64_t) { return 1.0; });
+  }
   int64_t size = 0;
   for (int64_t i = 0; i < listed; i += kLanesOf<S>) {
     const auto v = load_vec(values + i);
@@ -129,6 +133,36 @@ int64_t list_top_k(const Scan<S>& scan, int64_t num_codes, int64_t top_k, const 
     size += pack(stays, load_ids<S>(w.ids + i), w.ids + size);
   }
   return size;
+}
+
+// Rows longer than this are narrowed down to a list of this many codes, or twice top_k, and then
+// the list is. Apart from short rows, whose search is quicker where it stands.
+constexpr int64_t kLongRow = 512;
+template <typename S>
+__attribute__((noinline)) int64_t list_top_k_of_long(const Scan<S>& scan, int64_t num_codes,
+                                                     int64_t top_k, const Workspace& w, S* values) {
+  const double target = static_cast<double>(top_k);
+  const int64_t crowd = 2 * top_k < kLongRow ? kLongRow : 2 * top_k;
+  Bracket<S> bracket = {scan.lowest, next_above(scan.top), {0.0, 0}, scan.legal};
+  bracket = narrow(bracket, target, top_k, crowd, Counter<S>{scan.row, num_codes});
+  const int64_t listed = list(scan.row, num_codes, bracket.low, w.ids, values);
+  pad(values, listed, -kInf);
+  bracket = narrow(bracket, target, top_k, 0, Counter<S>{values, listed});
+  return keep_prefix(values, listed, bracket, top_k, w);
+}
+
+// Lists the top_k codes of a row, or all that are not masked.
+template <typename S>
+int64_t list_top_k(const Scan<S>& scan, int64_t num_codes, int64_t top_k, const Workspace& w,
+                   S* values) {
+  const S* row = scan.row;
+  if (top_k <= 0 || top_k >= scan.legal) return list(row, num_codes, scan.lowest, w.ids, values);
+  if (num_codes > kLongRow) return list_top_k_of_long(scan, num_codes, top_k, w, values);
+  const Bracket<S> bracket =
+      narrow(Bracket<S>{scan.lowest, next_above(scan.top), {0.0, 0}, scan.legal},
+             static_cast<double>(top_k), top_k, 0, Counter<S>{row, num_codes});
+  const int64_t listed = list(row, num_codes, bracket.low, w.ids, values);
+  return listed == top_k ? listed : keep_prefix(values, listed, bracket, top_k, w);
 }
 
 // Widens the listed values to logits / T, computes their masses exp(value - top) and returns the
@@ -167,7 +201,7 @@ Cut<double> cut_at_mass(const Workspace& w, int64_t size, double lowest, double 
       }
     }
   }
-  bracket = narrow(bracket, target, -1, measure);
+  bracket = narrow(bracket, target, -1, 0, measure);
   return find_cut(w.values, size, bracket, target, w.positions,
                   [&](int64_t i) { return w.masses[i]; });
 }

@@ -168,13 +168,15 @@ struct Bracket {
 constexpr int kExtraSteps = 6;
 
 // Narrows a bracket until at most kWindow elements, or elements of one value alone, are inside, or
-// until `exact` elements reach its low end (-1 for no such end). `measure(threshold)` gives the
-// Tally at or above a threshold.
+// until `exact` elements reach its low end (-1 for no such end), or at most `crowd` do.
+// `measure(threshold)` gives the Tally at or above a threshold. Inlined: a bracket that goes
+// through memory costs a short row 15 ns.
 template <typename S, typename Measure>
-Bracket<S> narrow(Bracket<S> b, double target, int64_t exact, const Measure& measure) {
+LRL_INLINE Bracket<S> narrow(Bracket<S> b, double target, int64_t exact, int64_t crowd,
+                             const Measure& measure) {
   using Key = typename Lanes<S>::Key;
   int extra = exact < 0 ? 0 : kExtraSteps;
-  for (int step = 1; b.reached() != exact; ++step) {
+  for (int step = 1; b.reached() != exact && b.reached() > crowd; ++step) {
     if (b.inside <= kWindow && extra-- == 0) break;
     const Key low = key_of(b.low);
     const Key high = key_of(b.high);
