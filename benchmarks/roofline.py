@@ -10,8 +10,11 @@ from benchmarks.packages import why_absent
 from benchmarks.report import sizes_of
 from benchmarks.results import Key, Row, key_of
 
-# Distinct also for most colour-blind readers (Okabe and Ito's palette).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# One for every op. Distinct for most colour-blind readers too: Okabe and Ito's palette, and a grey.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"),
+    "#999999",
+)
 # In pixels: how far a number may stand from its point, and how much room it needs.
 LABEL_RADII, LABEL_SIZE = (13.0, 20.0, 28.0, 37.0, 48.0, 60.0), (14.0, 11.0)
 MARKERS = {"forward": "o", "forward+backward": "s"}

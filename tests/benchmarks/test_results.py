@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import report, results, roofline
-from benchmarks.registry import Goal
+from benchmarks.registry import Goal, entries
 from benchmarks.results import Results, judged, key_of, load
 
 MARKERS = report.MARKERS["cpu"]
@@ -202,6 +202,9 @@ class TestReport:
         with pytest.raises(ValueError, match="expected the lines"):
             report.write_between(path, "new", "cpu")
         assert path.read_text() == text
+
+    def test_every_op_has_a_colour(self) -> None:
+        assert len(set(roofline.COLOURS)) == len(roofline.COLOURS) >= len(entries())
 
     def test_the_roofline_is_drawn(self, make_data, tmp_path) -> None:
         path = tmp_path / "roof.png"
